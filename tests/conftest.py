@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton decides whether it interprets when it is imported, so this has to come before any import of backstride.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# One worker per core already fills the machine; torch's own threads on top of that only fight.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets; skips the test where there is none."""
+    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    path = Path(os.environ.get("BACKSTRIDE_DATA", default))
+    if not path.is_dir():
+        pytest.skip("no data sets: BACKSTRIDE_DATA is not set and ../shared/data does not exist")
+    return path

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton decides whether it interprets when it is imported, so this has to come before any import of backstride.
+# Triton decides whether it interprets when it is imported: this has to come before any import of backstride.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -16,7 +16,7 @@ def class_map(mask: Tensor) -> Image.Image:
 
 
 def overlay(image: Tensor, mask: Tensor, names: Sequence[str] | None = None) -> Image.Image:
-    """image float [C, H, W] in [0, 1], mask [H, W] -> RGB picture, with a legend strip when names are given"""
+    """image float [C, H, W] in [0, 1], mask [H, W] -> RGB picture, with a legend when names are given"""
     raise NotImplementedError
 
 

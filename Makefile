@@ -41,6 +41,7 @@ clean:  ## Remove the virtual environments, builds and caches; keep runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("backstride needs Python 3.11 or later; choose one with `make PYTHON=python3.11 ...`")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
 	touch $@

@@ -34,7 +34,7 @@ def jit_functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def loads_without_other(tree: ast.AST) -> list[str]:
-    """Without `other`, masked-out lanes hold anything on a GPU, but zeros in the interpreter: tests would pass."""
+    """Masked-out lanes then hold anything on a GPU, but zeros in the interpreter, where no test would fail."""
     found = []
     for function in jit_functions(tree):
         for load in calls(function, "load"):

@@ -181,7 +181,7 @@ def _class_values(first_with: dict[int, Path]) -> tuple[int, ...]:
     if odd:
         shown = ", ".join(map(str, values[:12])) + (", …" if len(values) > 12 else "")
         raise ValueError(
-            f"{first_with[odd[0]]} holds the value {odd[0]}; the set's masks hold {len(values)} values: {shown}. "
+            f"{first_with[odd[0]]} holds the value {odd[0]}; the masks hold {len(values)} values: {shown}. "
             f"They must be the class numbers 0, 1, 2, … without a gap and 255 for ignored pixels, or only 0 "
             f"and 255: renumber them. (Many odd values come from JPEG or from smooth scaling: threshold them)"
         )

@@ -34,7 +34,7 @@ def jit_functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def loads_without_other(tree: ast.AST) -> list[str]:
-    """Masked-out lanes then hold anything on a GPU, but zeros in the interpreter, where no test would fail."""
+    """Masked-out lanes then hold anything on a GPU, but zeros in the interpreter: no test would notice."""
     found = []
     for function in jit_functions(tree):
         for load in calls(function, "load"):

@@ -1,0 +1,213 @@
+"""The command line `backstride`."""
+
+import sys
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .layers import Ops
+from .predict import predict_probability, read_image, save_prediction
+from .segmentation.unet import Padding
+from .training.checkpoint import write_json
+from .training.config import SegmentationConfig
+from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
+from .training.train import train
+
+Device = Literal["auto", "cpu", "cuda"]
+
+DEFAULT = SegmentationConfig()
+console = Console()
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Networks on backstride's kernels: train them, use them, and see what runs on this machine.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train a network.")
+app.add_typer(train_app, name="train")
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU if there is one.")]
+
+
+@train_app.command("unet")
+def train_unet(
+    context: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with image/ and label/ (or images/ and masks/), paired by file name. "
+            "Without it: generated pictures of touching cells."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and pictures.")] = Path(
+        "runs/unet"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")
+    ] = False,
+    val: Annotated[
+        str,
+        typer.Option(
+            help="Held-out images by number from 0, e.g. 25-29 or 3,8,20-24. Default: the last tenth."
+        ),
+    ] = "",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULT.steps,
+    batch_size: Annotated[int, typer.Option(help="Crops per step.")] = DEFAULT.batch_size,
+    tile: Annotated[
+        int, typer.Option(help="Input size of a crop: 16n+12 with valid convolutions, 16n with same.")
+    ] = DEFAULT.tile,
+    width: Annotated[int, typer.Option(help="Channels of the first layer.")] = DEFAULT.width,
+    depth: Annotated[int, typer.Option(help="Number of max-pools.")] = DEFAULT.depth,
+    padding: Annotated[Padding, typer.Option(help="valid as published, or zero padding.")] = DEFAULT.padding,
+    dropout: Annotated[float, typer.Option(help="At the end of the contracting path.")] = DEFAULT.dropout,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option(help="sgd has the paper's momentum of 0.99.")
+    ] = DEFAULT.optimizer,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.lr,
+    schedule: Annotated[
+        Literal["constant", "cosine"], typer.Option(help="cosine: the rate falls to zero over --steps.")
+    ] = DEFAULT.schedule,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="bf16 and fp16: mixed precision.")
+    ] = DEFAULT.precision,
+    elastic: Annotated[
+        float, typer.Option(help="Standard deviation of the elastic deformation in pixels; 0: none.")
+    ] = DEFAULT.elastic,
+    border_weight: Annotated[
+        float, typer.Option(help="w0 of the border weight map; 0: none.")
+    ] = DEFAULT.border_weight,
+    border_sigma: Annotated[
+        float, typer.Option(help="sigma of the border weight map in pixels.")
+    ] = DEFAULT.border_sigma,
+    every: Annotated[
+        int, typer.Option(help="Steps between validations, with picture and checkpoint.")
+    ] = DEFAULT.every,
+    seed: Annotated[
+        int, typer.Option(help="Decides weights, order, augmentation and dropout.")
+    ] = DEFAULT.seed,
+    ops: Annotated[Ops, typer.Option(help="Who computes: backstride.fused_ops or torch.nn.")] = DEFAULT.ops,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train U-Net (Ronneberger et al. 2015) to segment images.
+
+    Writes best.safetensors, last.safetensors, config.json, history.json, metrics.json, loss.png and samples/
+    into --out. A run that was stopped goes on with --resume, to the same losses as if it had not been.
+    """
+    given = {}
+    for field in fields(SegmentationConfig):
+        source = context.get_parameter_source(field.name)
+        if source is not None and source.name == "COMMANDLINE":
+            given[field.name] = context.params[field.name]
+    if data is not None:
+        given["data"] = str(data)
+    if val:
+        given["validation"] = parse_indices(val)
+    config = replace(SegmentationConfig.read(out) if resume else DEFAULT, **given)
+    training, validation, config = open_data(config)
+    task = SegmentationTask(config, training, validation, find_device(device))
+    train(task, config, out, resume=resume, console=console)
+
+    network, _ = load_network(out)
+    network.to(task.device)
+    metrics = {
+        "one pass": evaluate(network, validation, config.tile),
+        "mean of 8 symmetries": evaluate(network, validation, config.tile, symmetries=True),
+    }
+    write_json(metrics, out / "metrics.json")
+    table = Table("held-out images", *metrics)
+    for name in metrics["one pass"]:
+        table.add_row(name, *(f"{column[name]:.4f}" for column in metrics.values()))
+    console.print(table)
+    console.print(
+        f"The best network and all pictures are in {out}. Use it: "
+        f"backstride predict --checkpoint {out} --out predictions IMAGE...",
+        highlight=False,
+    )
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any size.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a training run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
+    tile: Annotated[int, typer.Option(help="Input size of a tile; default: as in training.")] = 0,
+    average: Annotated[
+        bool, typer.Option("--average", help="Average over the image's eight rotations and reflections.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Segment images with a trained network.
+
+    For each image it writes a class map, a probability map and an overlay as PNG.
+    """
+    network, config = load_network(checkpoint)
+    network.to(where := find_device(device))
+    for name, count in Counter(path.stem for path in images).items():
+        if count > 1:
+            raise ValueError(f"{count} images are named {name}: their results would overwrite each other")
+    table = Table("image", "class map", "probability", "overlay")
+    for path in images:
+        image = read_image(path, network.in_channels)
+        probability = predict_probability(network, image.to(where), tile or config.tile, symmetries=average)
+        written = save_prediction(probability.cpu(), image, out, path.stem)
+        table.add_row(str(path), *map(str, written))
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+) -> None:
+    """Train a small U-Net on generated cells and show what it learns (about three minutes on two CPU
+    cores)."""
+    from .demo import run_demo
+
+    run_demo(out, console)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and, for every op, what runs here, and check each op against PyTorch."""
+    from .doctor import run_doctor
+
+    raise typer.Exit(run_doctor())
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """ "3,20-22" -> (3, 20, 21, 22)"""
+    indices: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.strip().isdecimal() or (last and not last.strip().isdecimal()):
+            raise ValueError(f"--val {text}: {part!r} is neither a number nor a range like 25-29")
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(sorted(set(indices)))
+
+
+def find_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: PyTorch finds no GPU here (backstride doctor says more); use --device cpu"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is told in one line, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""Layers with torch.nn's parameters whose forward is computed by `backstride.fused_ops` or by torch.
+
+A network takes `ops="fused" | "torch"` and hands it to its layers. Both choices hold the same parameters
+under the same names, so one state_dict serves both, and a whole network can be compared as well as a single
+op.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import fused_ops
+
+Ops = Literal["fused", "torch"]
+Activation = Literal["relu"] | None
+
+
+def check_ops(ops: str) -> None:
+    """Raises ValueError unless `ops` is "fused" or "torch"."""
+    if ops not in ("fused", "torch"):
+        raise ValueError(
+            f'ops={ops!r} is unknown: choose "fused" (backstride.fused_ops) or "torch" (torch.nn)'
+        )
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d followed by `activation` (None or "relu"), in one kernel when `ops` is "fused".
+
+    Takes torch.nn.Conv2d's arguments; [N, C_in, H, W] -> [N, C_out, H', W'].
+    """
+
+    def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
+        super().__init__(*args, **kwargs)
+        check_ops(ops)
+        self.activation: Activation = activation
+        self.ops = ops
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.ops == "fused":
+            return fused_ops.conv2d(
+                input,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                activation=self.activation,
+            )
+        output = super().forward(input)
+        return output if self.activation is None else torch.relu(output)
+
+
+class UpConvConcat2d(nn.ConvTranspose2d):
+    """A transposed convolution of `input`, concatenated behind `skip`: cat([skip, conv_transpose2d(input)],
+    dim=1).
+
+    Takes torch.nn.ConvTranspose2d's arguments. `input` is [N, C_in, h, w], `skip` is [N, C_skip, H, W] with
+    the size that the transposed convolution gives, the result is [N, C_skip + C_out, H, W]. When `ops` is
+    "fused" the up-convolution is written straight into its place beside the skip.
+    """
+
+    def __init__(self, *args, ops: Ops = "fused", **kwargs):
+        super().__init__(*args, **kwargs)
+        check_ops(ops)
+        self.ops = ops
+
+    def forward(self, input: Tensor, skip: Tensor) -> Tensor:  # pyright: ignore
+        if self.ops == "fused":
+            return fused_ops.conv_transpose2d_concat(
+                input,
+                skip,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.output_padding,
+                self.groups,
+                self.dilation,
+            )
+        return torch.cat([skip, super().forward(input)], dim=1)

@@ -1,0 +1,153 @@
+"""Checkpoints: one safetensors file that holds everything a run needs to go on exactly where it stopped."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+History = dict[str, list[tuple[int, float]]]
+"""Curve name ("train", "validation", a metric) -> (number of steps done, value) pairs."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that becomes `path` when the block ends well, and vanishes
+    otherwise.
+
+    A reader, or a run that is killed at any moment, sees the old file or the new one, never a part of one.
+    What a killed run leaves behind has a fixed name, so that the resumed run overwrites it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(value: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_weights(network: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    """The network's state_dict under its own names; `metadata` goes into the file's header as JSON."""
+    with atomic_path(path) as temporary:
+        save_file(_portable(network.state_dict()), temporary, {"backstride": json.dumps(metadata)})
+
+
+def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
+    """Loads what `save_weights` or `save_checkpoint` wrote (strictly) and returns the header's metadata.
+
+    ValueError if the file is damaged or holds another network's weights.
+    """
+    tensors, metadata = _read(path)
+    if "optimizer" in metadata:
+        tensors = _section(tensors, "network.")
+    _load_network(network, tensors, path)
+    return metadata
+
+
+def save_checkpoint(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    history: History,
+) -> None:
+    """Everything that decides how a run goes on after `step` steps, in one atomic write.
+
+    That is the weights, the optimiser's tensors, the loss scaler, the history, and the state of the random
+    number generators of torch (CPU and every GPU), numpy and Python. The batches and the learning rate are
+    functions of the step alone, so the step is the loader's position and the schedule's state. What is fixed
+    by the settings (the optimiser's hyper-parameters) is not stored twice: it stands in the run's
+    config.json.
+    """
+    state = optimizer.state_dict()["state"]
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for index, entries in state.items():
+        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in entries.items()}
+    tensors["rng.torch"] = torch.get_rng_state()
+    for index, cuda_state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        tensors[f"rng.cuda.{index}"] = cuda_state
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    metadata = {
+        "step": step,
+        "optimizer": type(optimizer).__name__,
+        "scaler": scaler.state_dict(),
+        "history": history,
+        "numpy_rng": [kind, np.asarray(keys).tolist(), *rest],
+        "python_rng": random.getstate(),
+    }
+    with atomic_path(path) as temporary:
+        save_file(_portable(tensors), temporary, {"backstride": json.dumps(metadata)})
+
+
+def load_checkpoint(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, History]:
+    """Restores what `save_checkpoint` stored, random number generators included; returns (step, history)."""
+    tensors, metadata = _read(path)
+    _load_network(network, _section(tensors, "network."), path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _section(tensors, "optimizer.").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    scaler.load_state_dict(metadata["scaler"])
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda_states = _section(tensors, "rng.cuda.")
+    if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([cuda_states[str(index)] for index in range(len(cuda_states))])
+    kind, keys, *rest = metadata["numpy_rng"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, words, gauss = metadata["python_rng"]
+    random.setstate((version, tuple(words), gauss))
+    history = {name: [(step, value) for step, value in curve] for name, curve in metadata["history"].items()}
+    return metadata["step"], history
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The header of a file that `save_weights` or `save_checkpoint` wrote, without its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["backstride"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of backstride ({error}): train again"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    metadata = read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _load_network(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds the weights of another network: {error}") from error

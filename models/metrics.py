@@ -120,7 +120,7 @@ def v_rand(probability: Tensor, labels: Tensor) -> float:
     labels: 1 inside, 0 border, same shape. Raises ValueError for other shapes or values, or for a slice
     without a pixel inside.
     """
-    return _v_scores(probability, labels)[0]
+    return v_scores(probability, labels)[0]
 
 
 def v_info(probability: Tensor, labels: Tensor) -> float:
@@ -134,7 +134,14 @@ def v_info(probability: Tensor, labels: Tensor) -> float:
     the harmonic mean of I/H(S) (splitting lowers it) and I/H(T) (merging lowers it). If both have
     one segment, which leaves 0/0, the score is 1: they agree.
     """
-    return _v_scores(probability, labels)[1]
+    return v_scores(probability, labels)[1]
+
+
+def v_scores(probability: Tensor, labels: Tensor) -> tuple[float, float]:
+    """(v_rand, v_info) in the time of one of them: the segments are the same."""
+    scores = np.array([_scores_by_threshold(p, truth) for p, truth in _slices(probability, labels)])
+    rand, info = scores.mean(axis=0).max(axis=0)
+    return float(rand), float(info)
 
 
 def pixel_error(probability: Tensor, labels: Tensor) -> float:
@@ -147,12 +154,6 @@ def pixel_error(probability: Tensor, labels: Tensor) -> float:
         float(np.mean([((p > threshold) != truth).mean() for p, truth in pixels]))
         for threshold in _THRESHOLDS
     )
-
-
-def _v_scores(probability: Tensor, labels: Tensor) -> tuple[float, float]:
-    scores = np.array([_scores_by_threshold(p, truth) for p, truth in _slices(probability, labels)])
-    rand, info = scores.mean(axis=0).max(axis=0)
-    return float(rand), float(info)
 
 
 def _slices(probability: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -44,7 +44,7 @@ def palette() -> np.ndarray:
     return colours
 
 
-def save_image(picture: Image.Image, path: str | Path) -> None:
+def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Writes a PNG beside `path` and then moves it there."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

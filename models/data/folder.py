@@ -113,6 +113,7 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture ({error}): save it again as PNG") from error
     pages = getattr(picture, "n_frames", 1)
     if pages > 1:
+        picture.close()
         raise ValueError(f"{path} holds {pages} pages: save each page as a file of its own")
     return picture
 

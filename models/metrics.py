@@ -5,6 +5,7 @@ algorithms for connectomics", Frontiers in Neuroanatomy 9:142) compare segments,
 pixel in a border that merges two cells costs much, a border that is a pixel too thick costs nothing.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,8 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 from torch import Tensor
 
-_THRESHOLDS = [step / 10 for step in range(11)]
+# The last threshold lets a probability of 1 through, as the organisers' sum of ten times 0.1 does.
+_THRESHOLDS = [step / 10 for step in range(10)] + [math.nextafter(1, 0)]
 
 
 class ConfusionMatrix:
@@ -108,8 +110,8 @@ def v_rand(probability: Tensor, labels: Tensor) -> float:
     - Truth: the 4-connected components of label 1. Only pixels in them count ("foreground-restricted").
     - Proposal: at a threshold, the 4-connected components of probability > threshold, grown by a
       watershed until the borders between them are one pixel wide ("thinned").
-    - The result is the maximum over the thresholds 0, 0.1, …, 1. For a stack it is the maximum of the mean
-      over the slices, one threshold for all.
+    - The result is the maximum over the thresholds 0, 0.1, …, 0.9 and one just below 1. For a stack it is
+      the maximum of the mean over the slices, one threshold for all.
 
     Where the definition leaves room, this follows the organisers' scorer (Fiji, Trainable Segmentation):
     p_ij includes pairs of a pixel with itself; a truth pixel on a border of the proposal is a segment of
@@ -147,7 +149,7 @@ def v_scores(probability: Tensor, labels: Tensor) -> tuple[float, float]:
 def pixel_error(probability: Tensor, labels: Tensor) -> float:
     """The ISBI-2012 pixel error: the share of pixels where (probability > threshold) differs from the label.
 
-    The minimum over the thresholds 0, 0.1, …, 1. Arguments and errors as in `v_rand`.
+    The minimum over the thresholds of `v_rand`. Arguments and errors as in `v_rand`.
     """
     pixels = list(_slices(probability, labels))
     return min(

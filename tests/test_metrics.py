@@ -242,6 +242,18 @@ def test_the_best_threshold_counts():
     assert pixel_error(probability, truth) == 0
 
 
+def test_the_last_threshold_lets_only_a_probability_of_1_through():
+    truth = rows("####.####", "####.####")
+    assert v_scores(torch.where(truth == 1, 1.0, 0.95), truth) == (1, 1)
+
+
+def test_cells_of_the_truth_that_meet_at_a_corner_are_two():
+    truth = rows("###...", "###...", "...###", "...###")
+    merged = torch.ones(4, 6)
+    # Two cells of 6 pixels in one segment.
+    assert v_rand(merged, truth) == pytest.approx(0.5 / (0.5 + 0.5 / 2))
+
+
 def test_a_stack_has_one_threshold_for_all_its_slices():
     truth = rows("####.####", "####.####")
     low, high = torch.where(truth == 1, 0.35, 0.25), torch.where(truth == 1, 0.85, 0.75)

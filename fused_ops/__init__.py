@@ -1,1 +1,37 @@
-"""backstride kernels."""
+"""Drop-in operators: functions as in torch.nn.functional, modules as in torch.nn, on Triton kernels."""
+
+from .conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose2d_concat,
+    conv_transpose3d,
+)
+from .dispatch import Path, explain, public_ops
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Path",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose2d_concat",
+    "conv_transpose3d",
+    "explain",
+    "public_ops",
+]

@@ -1,1 +1,1 @@
-"""backstride kernels."""
+"""Triton kernels and their launchers: no autograd, no allocation of results."""

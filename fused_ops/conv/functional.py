@@ -1,0 +1,395 @@
+"""Convolution and transposed convolution as in torch.nn.functional, with fused epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
+from . import ops
+
+IntOrTuple = int | Sequence[int]
+
+
+class _Refused(Exception):
+    """Arguments that torch's own function does not take: it is called, and raises its own error."""
+
+
+class _Call(NamedTuple):
+    """Checked arguments in the form that the registered ops take."""
+
+    x: Tensor
+    batched: bool
+    output_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def _require(condition: Any) -> None:
+    if not condition:
+        raise _Refused
+
+
+def _per_axis(value: Any, axes: int, smallest: int) -> list[int]:
+    """`value` for each axis: from an int, or a sequence of one or `axes` ints, none below `smallest`."""
+    if isinstance(value, int | torch.SymInt):
+        values = [value] * axes
+    else:
+        _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, axes))
+        values = list(value) if len(value) == axes else list(value) * axes
+    _require(min(values) >= smallest)
+    return values
+
+
+def _batched(axes: int, input: Any, weight: Any, bias: Any, groups: int) -> tuple[Tensor, bool]:
+    """The input with its batch axis, after what convolution and its transpose ask of their tensors alike."""
+    _require(isinstance(input, Tensor) and isinstance(weight, Tensor))
+    for other in (weight, bias):
+        _require(other is None or (other.dtype == input.dtype and other.device == input.device))
+    _require(weight.dim() == axes + 2 and input.dim() in (axes + 1, axes + 2))
+    _require(
+        groups >= 1 and weight.shape[0] > 0 and weight.shape[0] % groups == 0 and min(weight.shape[1:]) > 0
+    )
+    batched = input.dim() == axes + 2
+    x = input if batched else input.unsqueeze(0)
+    _require(min(x.shape[1:]) > 0)
+    return x, batched
+
+
+def _bind_conv(
+    axes: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> _Call:
+    x, batched = _batched(axes, input, weight, bias, groups)
+    _require(x.shape[1] == weight.shape[1] * groups and (bias is None or bias.shape == (weight.shape[0],)))
+    strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
+    size = list(x.shape[2:])
+    spans = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
+    if padding == "same":
+        _require(max(strides) == 1)
+        # torch puts the odd element of an even kernel's padding behind the input.
+        return _Call(x, batched, size, strides, [(span - 1) // 2 for span in spans], dilations, groups)
+    paddings = _per_axis(0 if padding == "valid" else padding, axes, 0)
+    room = [i + 2 * p - span for i, p, span in zip(size, paddings, spans, strict=True)]
+    _require(min(room) >= 0)
+    output_size = [r // s + 1 for r, s in zip(room, strides, strict=True)]
+    return _Call(x, batched, output_size, strides, paddings, dilations, groups)
+
+
+def _bind_transposed(
+    axes: int,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> _Call:
+    x, batched = _batched(axes, input, weight, bias, groups)
+    _require(x.shape[1] == weight.shape[0] and (bias is None or bias.shape == (weight.shape[1] * groups,)))
+    strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
+    paddings, extras = _per_axis(padding, axes, 0), _per_axis(output_padding, axes, 0)
+    _require(all(e < max(s, d) for e, s, d in zip(extras, strides, dilations, strict=True)))
+    output_size = [
+        (i - 1) * s - 2 * p + d * (k - 1) + e + 1
+        for i, s, p, d, k, e in zip(
+            x.shape[2:], strides, paddings, dilations, weight.shape[2:], extras, strict=True
+        )
+    ]
+    _require(min(output_size) >= 1)
+    return _Call(x, batched, output_size, strides, paddings, dilations, groups)
+
+
+def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Path]:
+    """The checked call for the kernels, or None where the call goes to ATen; and the reason."""
+    try:
+        call = bind(*arguments)
+    except _Refused:
+        return None, Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+    path = kernel_path(call.x)
+    return (None if path.name == ATEN else call), path
+
+
+def _is_relu(activation: str | None) -> bool:
+    if activation not in (None, "relu"):
+        raise ValueError(f'activation must be None or "relu", got {activation!r}')
+    return activation == "relu"
+
+
+def _check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if residual.shape != torch.Size(shape):
+        raise ValueError(
+            f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}; expand or crop it"
+        )
+    if residual.dtype != dtype:
+        raise TypeError(f"residual must have the output's dtype {dtype}, got {residual.dtype}; convert it")
+
+
+def _finish_aten(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        (residual,) = autocast(y.device.type, residual)
+        _check_residual(residual, y.shape, y.dtype)
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def _run(
+    op: Callable[..., Tensor],
+    call: _Call,
+    channels: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    x, weight, bias, residual = autocast(call.x.device.type, call.x, weight, bias, residual)
+    if residual is not None:
+        batch = (x.shape[0],) if call.batched else ()
+        _check_residual(residual, (*batch, channels, *call.output_size), x.dtype)
+        residual = residual if call.batched else residual.unsqueeze(0)
+    y = op(x, weight, bias, residual, *call[2:], relu)
+    return y if call.batched else y.squeeze(0)
+
+
+def _conv(
+    axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual
+) -> Tensor:
+    relu = _is_relu(activation)
+    call, _ = _plan(_bind_conv, axes, *arguments)
+    if call is None:
+        return _finish_aten(function(*arguments), relu, residual)
+    weight, bias = arguments[1:3]
+    return _run(ops.conv, call, weight.shape[0], weight, bias, relu, residual)
+
+
+def _conv_transpose(
+    axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual
+) -> Tensor:
+    relu = _is_relu(activation)
+    call, _ = _plan(_bind_transposed, axes, *arguments)
+    if call is None:
+        return _finish_aten(function(*arguments), relu, residual)
+    weight, bias = arguments[1:3]
+    return _run(ops.conv_transpose, call, weight.shape[1] * call.groups, weight, bias, relu, residual)
+
+
+def _plan_conv(axes: int) -> Callable[..., Path]:
+    def plan(input, weight, bias, stride, padding, dilation, groups, activation, residual) -> Path:
+        return _plan(_bind_conv, axes, input, weight, bias, stride, padding, dilation, groups)[1]
+
+    return plan
+
+
+def _plan_transposed(axes: int) -> Callable[..., Path]:
+    def plan(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, activation=None, **epilogue
+    ) -> Path:
+        return _plan(
+            _bind_transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation
+        )[1]
+
+    return plan
+
+
+@explained_by(_plan_conv(1))
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """1-D convolution: `conv2d` with one axis. Input (N, C, L) or (C, L), weight (K, C / groups, kernel)."""
+    arguments = (input, weight, bias, stride, padding, dilation, groups)
+    return _conv(1, F.conv1d, arguments, activation, residual)
+
+
+@explained_by(_plan_conv(2))
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """2-D convolution, as `torch.nn.functional.conv2d`, with an epilogue.
+
+    y = act(x * w + bias + residual); reference: ``relu(F.conv2d(input, weight, bias, ...) + residual)``.
+
+    Shapes: input (N, C, H, W) or (C, H, W), weight (K, C / groups, kH, kW), bias (K,), residual and output
+    (N, K, oH, oW) with o = floor((i + 2 padding - dilation (k - 1) - 1) / stride) + 1. The output is channels_last
+    where the input or the weight is.
+
+    Args:
+        activation: None or "relu".
+        residual: tensor of the output's shape and dtype, added before the activation.
+
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation or residual.
+    """
+    arguments = (input, weight, bias, stride, padding, dilation, groups)
+    return _conv(2, F.conv2d, arguments, activation, residual)
+
+
+@explained_by(_plan_conv(3))
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """3-D convolution: `conv2d` with three axes. Input (N, C, D, H, W), weight (K, C / groups, kD, kH, kW)."""
+    arguments = (input, weight, bias, stride, padding, dilation, groups)
+    return _conv(3, F.conv3d, arguments, activation, residual)
+
+
+@explained_by(_plan_transposed(1))
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple = 0,
+    output_padding: IntOrTuple = 0,
+    groups: int = 1,
+    dilation: IntOrTuple = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """1-D transposed convolution: `conv_transpose2d` with one axis. Input (N, C, L), weight (C, K / groups, kernel)."""
+    arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(1, F.conv_transpose1d, arguments, activation, residual)
+
+
+@explained_by(_plan_transposed(2))
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple = 0,
+    output_padding: IntOrTuple = 0,
+    groups: int = 1,
+    dilation: IntOrTuple = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """2-D transposed convolution, as `torch.nn.functional.conv_transpose2d`, with an epilogue.
+
+    y = act(X^T x + bias + residual), X being the matrix of the convolution with the same arguments (Dumoulin and
+    Visin 2016, arXiv 1603.07285, section 4); reference:
+    ``relu(F.conv_transpose2d(input, weight, bias, ...) + residual)``.
+
+    Shapes: input (N, C, H, W) or (C, H, W), weight (C, K / groups, kH, kW), bias (K,), residual and output
+    (N, K, oH, oW) with o = (i - 1) stride - 2 padding + dilation (k - 1) + output_padding + 1. So the lecture's
+    picture, 3x3 with stride 2 and padding 1 from 2x2 to 4x4, needs output_padding=1: without it, o is 3.
+
+    Args:
+        output_padding: rows and columns added at the end only, below max(stride, dilation).
+        activation: None or "relu".
+        residual: tensor of the output's shape and dtype, added before the activation.
+
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation or residual.
+    """
+    arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(2, F.conv_transpose2d, arguments, activation, residual)
+
+
+@explained_by(_plan_transposed(3))
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple = 0,
+    output_padding: IntOrTuple = 0,
+    groups: int = 1,
+    dilation: IntOrTuple = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """3-D transposed convolution: `conv_transpose2d` with three axes. Weight (C, K / groups, kD, kH, kW)."""
+    arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(3, F.conv_transpose3d, arguments, activation, residual)
+
+
+@explained_by(
+    lambda skip, **arguments: _plan_transposed(2)(**arguments)  # the skip takes any path that the rest takes
+)
+def conv_transpose2d_concat(
+    input: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple = 0,
+    output_padding: IntOrTuple = 0,
+    groups: int = 1,
+    dilation: IntOrTuple = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Up-convolution written beside a skip connection (U-Net's "copy and crop", Ronneberger et al. 2015, figure 1).
+
+    y = [skip, act(X^T x + bias)] along the channels; reference:
+    ``torch.cat([skip, relu(F.conv_transpose2d(input, weight, bias, ...))], dim=1)``. The transposed convolution
+    stores into its slice of the result, and the backward reads its slice of the gradient in place: neither half
+    is copied by a concatenation.
+
+    Shapes: input (N, C, H, W), skip (N, S, oH, oW), weight (C, K / groups, kH, kW), bias (K,), output
+    (N, S + K, oH, oW); oH, oW as in `conv_transpose2d`. The input may be unbatched if the skip is too.
+
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a skip that does not fit, naming its shape
+    and the one that does.
+    """
+    relu = _is_relu(activation)
+    arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+    call, _ = _plan(_bind_transposed, 2, *arguments)
+    if call is None:
+        up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
+        (skip,) = autocast(up.device.type, skip)
+        _check_skip(skip, (*up.shape[:-3], *up.shape[-2:]), up.dtype)
+        return torch.cat([skip, up], dim=-3)
+    x, skip, weight, bias = autocast(call.x.device.type, call.x, skip, weight, bias)
+    batch = (x.shape[0],) if call.batched else ()
+    _check_skip(skip, (*batch, *call.output_size), x.dtype)
+    skip = skip if call.batched else skip.unsqueeze(0)
+    y = ops.conv_transpose_concat(x, skip, weight, bias, *call[2:], relu)
+    return y if call.batched else y.squeeze(0)
+
+
+def _check_skip(skip: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """`shape` is the up-convolution's, without its channels."""
+    if skip.dim() != len(shape) + 1 or (*skip.shape[:-3], *skip.shape[-2:]) != tuple(shape):
+        *batch, height, width = shape
+        wanted = ", ".join(map(str, [*batch, "channels", height, width]))
+        raise ValueError(
+            f"skip must have shape ({wanted}) to stand beside the up-convolution, got {tuple(skip.shape)}; crop it"
+        )
+    if skip.dtype != dtype:
+        raise TypeError(f"skip must have the output's dtype {dtype}, got {skip.dtype}; convert it")

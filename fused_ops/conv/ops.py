@@ -1,0 +1,426 @@
+"""Registration of the convolution ops with PyTorch: schema, kernels, fake tensors, autograd.
+
+    backstride::conv                   X x      (+ bias, residual, ReLU)
+    backstride::conv_transpose         X^T x    (+ bias, residual, ReLU)
+    backstride::conv_weight_grad       gradient by the weight of either
+    backstride::conv_transpose_concat  [skip, X^T x (+ bias, ReLU)] in one tensor
+
+Weights are (A, B, *kernel) with X taking groups * B channels to A, and X^T taking A channels back. Every op names its
+output's spatial size, which settles what follows the last input element (asymmetric "same" padding, output_padding,
+rows that a stride leaves over), so `padding` is what precedes the first. All are bilinear in their two main arguments,
+and each one's derivatives are the other two: gradients of any order run on the same kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ...kernels import conv as kernels
+from ...kernels.conv import Geometry
+from ..dispatch import ATEN, kernel_path
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
+library = torch.library.Library("backstride", "FRAGMENT")
+library.define(
+    f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] output_size, {_GEOMETRY}, bool relu)"
+    " -> Tensor"
+)
+library.define(
+    "conv_transpose(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] output_size,"
+    f" {_GEOMETRY}, bool relu) -> Tensor"
+)
+library.define(
+    f"conv_weight_grad(Tensor x, Tensor y, SymInt[] kernel_size, {_GEOMETRY}) -> Tensor",
+)
+library.define(
+    "conv_transpose_concat(Tensor x, Tensor skip, Tensor weight, Tensor? bias, SymInt[] output_size,"
+    f" {_GEOMETRY}, bool relu) -> Tensor"
+)
+
+conv = torch.ops.backstride.conv.default
+conv_transpose = torch.ops.backstride.conv_transpose.default
+conv_weight_grad = torch.ops.backstride.conv_weight_grad.default
+conv_transpose_concat = torch.ops.backstride.conv_transpose_concat.default
+
+
+def _memory_format(*tensors: Tensor) -> torch.memory_format:
+    """channels_last where any tensor is, as torch's convolutions choose it; 3-D tensors have no such format."""
+    if tensors[0].dim() == 3:
+        return torch.contiguous_format
+    formats = (suggest_memory_format(t) for t in tensors)
+    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+
+
+def _empty(x: Tensor, channels: int, size: Sequence[int], like: Sequence[Tensor]) -> Tensor:
+    return torch.empty(
+        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=_memory_format(*like)
+    )
+
+
+def _same_strides(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    if tensor is None or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether torch's own convolution would round fp32 operands to TF32 here."""
+    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
+def _aten_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry
+) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    natural = [
+        (i + 2 * p - span) // s + 1 for i, p, span, s in zip(x.shape[2:], padding, spans, stride, strict=True)
+    ]
+    if natural != list(out):
+        x, padding = _pad_to(x, out, geometry, spans), [0] * len(out)
+    zero = [0] * len(out)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, zero, groups)
+
+
+def _pad_to(x: Tensor, out: Sequence[int], geometry: Geometry, spans: Sequence[int]) -> Tensor:
+    """x with exactly the zeros in front and behind that `out` output pixels read."""
+    pads = []
+    for i, o, s, p, span in zip(x.shape[2:], out, geometry.stride, geometry.padding, spans, strict=True):
+        pads = [p, (o - 1) * s + span - p - i, *pads]
+    return F.pad(x, pads)
+
+
+def _aten_conv_transpose(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry
+) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    natural = [
+        (i - 1) * s - 2 * p + d * (k - 1) + 1
+        for i, s, p, d, k in zip(x.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    extra = [o - size for o, size in zip(out, natural, strict=True)]
+    if all(0 <= e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        return torch.convolution(x, weight, bias, stride, padding, dilation, True, extra, groups)
+    zero = [0] * len(out)
+    full = torch.convolution(x, weight, None, stride, zero, dilation, True, zero, groups)
+    pads = []
+    for o, size, p in zip(out, full.shape[2:], padding, strict=True):
+        pads = [-p, o + p - size, *pads]
+    y = F.pad(full, pads)
+    return y if bias is None else y + bias.view(-1, *[1] * len(out))
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if kernel_path(x).name == ATEN:
+        y = _finish(_aten_conv(x, weight, bias, output_size, geometry), residual, relu)
+        return y.contiguous(memory_format=_memory_format(x, weight))
+    y = _empty(x, weight.shape[0], output_size, (x, weight))
+    kernels.apply(x, weight, bias, _same_strides(residual, y), y, geometry, relu=relu, tf32=_tf32(x))
+    return y
+
+
+def _conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if kernel_path(x).name == ATEN:
+        y = _finish(_aten_conv_transpose(x, weight, bias, output_size, geometry), residual, relu)
+        return y.contiguous(memory_format=_memory_format(x, weight))
+    y = _empty(x, weight.shape[1] * groups, output_size, (x, weight))
+    residual = _same_strides(residual, y)
+    kernels.apply_transposed(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
+    return y
+
+
+def _weight_shape(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> list[int]:
+    return [y.shape[1], x.shape[1] // groups, *kernel_size]
+
+
+def _conv_weight_grad(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    memory_format = _memory_format(x, y)
+    weight = torch.empty(
+        _weight_shape(x, y, kernel_size, groups), dtype=x.dtype, device=x.device, memory_format=memory_format
+    )
+    if kernel_path(x).name != ATEN:
+        kernels.weight_grad(x, y, weight, geometry, tf32=_tf32(x))
+        return weight
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+    zero = [0] * len(kernel_size)
+    gradient = torch.ops.aten.convolution_backward(
+        y,
+        _pad_to(x, y.shape[2:], geometry, spans),
+        weight,
+        None,
+        stride,
+        zero,
+        dilation,
+        False,
+        zero,
+        groups,
+        (False, True, False),
+    )[1]
+    return gradient.contiguous(memory_format=memory_format)
+
+
+def _conv_transpose_concat(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    if kernel_path(x).name == ATEN:
+        up = _conv_transpose(x, weight, bias, None, output_size, stride, padding, dilation, groups, relu)
+        y = torch.cat([skip, up], dim=1)
+        return y.contiguous(memory_format=_memory_format(x, weight, skip))
+    y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
+    y[:, : skip.shape[1]].copy_(skip)
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    kernels.apply_transposed(x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu=relu, tf32=_tf32(x))
+    return y
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("conv", _conv, key)
+    library.impl("conv_transpose", _conv_transpose, key)
+    library.impl("conv_weight_grad", _conv_weight_grad, key)
+    library.impl("conv_transpose_concat", _conv_transpose_concat, key)
+
+
+@torch.library.register_fake("backstride::conv", lib=library)
+def _(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
+    return _empty(x, weight.shape[0], output_size, (x, weight))
+
+
+@torch.library.register_fake("backstride::conv_transpose", lib=library)
+def _(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
+    return _empty(x, weight.shape[1] * groups, output_size, (x, weight))
+
+
+@torch.library.register_fake("backstride::conv_weight_grad", lib=library)
+def _(x, y, kernel_size, stride, padding, dilation, groups):
+    shape = _weight_shape(x, y, kernel_size, groups)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, y))
+
+
+@torch.library.register_fake("backstride::conv_transpose_concat", lib=library)
+def _(x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu):
+    return _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
+
+
+def _through_relu(grad: Tensor, y: Tensor | None) -> Tensor:
+    """Gradient in front of the ReLU whose output is y; y is None where there is none."""
+    return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of X x + bias, or with ctx.transposed of X^T x + bias, by x, weight and bias, where needed."""
+    wide, narrow = (grad, x) if ctx.transposed else (x, grad)
+    input_grad = conv if ctx.transposed else conv_transpose
+    return [
+        input_grad(grad, weight, None, None, x.shape[2:], *ctx.geometry, False) if needs[0] else None,
+        conv_weight_grad(wide, narrow, weight.shape[2:], *ctx.geometry) if needs[1] else None,
+        grad.sum([0, *range(2, grad.dim())]) if needs[2] else None,
+    ]
+
+
+def _tangent(ctx: Any, x: Tensor, weight: Tensor, dx: Any, dweight: Any, dbias: Any) -> Tensor | None:
+    """Forward derivative of what `_gradients` differentiates backward."""
+    op = conv_transpose if ctx.transposed else conv
+    tail = (None, None, ctx.output_size, *ctx.geometry, False)
+    channels = weight.shape[1] * ctx.geometry[-1] if ctx.transposed else weight.shape[0]
+    if dbias is not None:
+        dbias = dbias.view(-1, *[1] * len(ctx.output_size)).expand(x.shape[0], channels, *ctx.output_size)
+    return _sum(
+        [
+            None if dx is None else op(dx, weight, *tail),
+            None if dweight is None else op(x, dweight, *tail),
+            dbias,
+        ]
+    )
+
+
+class _Conv(torch.autograd.Function):
+    """y = relu(X x + bias + residual), or with `transposed` the same of X^T. Each is the other's input gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, transposed, x, weight, bias, residual, output_size, geometry, relu) -> Tensor:
+        op = conv_transpose if transposed else conv
+        with torch._C._AutoDispatchBelowAutograd():
+            y = op(x, weight, bias, residual, output_size, *geometry, relu)
+        saved = (x, weight, y if relu else None)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.transposed, ctx.geometry, ctx.output_size = transposed, geometry, output_size
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, y = ctx.saved_tensors
+        grad = _through_relu(grads[0], y)
+        needs = ctx.needs_input_grad[1:5]
+        gradients = _gradients(ctx, grad, x, weight, needs)
+        return (None, *gradients, grad if needs[3] else None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, weight, y = ctx.saved_tensors
+        _, dx, dweight, dbias, dresidual, *_ = tangents
+        return _through_relu(_sum([_tangent(ctx, x, weight, dx, dweight, dbias), dresidual]), y)
+
+
+class _ConvTransposeConcat(torch.autograd.Function):
+    """[skip, relu(X^T x + bias)]; the backward reads each part's gradient where it lies in the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x, skip, weight, bias, output_size, geometry, relu) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = conv_transpose_concat(x, skip, weight, bias, output_size, *geometry, relu)
+        saved = (x, weight, y if relu else None)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.transposed, ctx.geometry, ctx.output_size = True, geometry, output_size
+        ctx.split = skip.shape[1]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_up = _through_relu(grads[0][:, ctx.split :], None if y is None else y[:, ctx.split :])
+        grad_x, grad_weight, grad_bias = _gradients(ctx, grad_up, x, weight, (needs[0], needs[2], needs[3]))
+        grad_skip = grads[0][:, : ctx.split] if needs[1] else None
+        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, weight, y = ctx.saved_tensors
+        dx, dskip, dweight, dbias, *_ = tangents
+        up = _tangent(ctx, x, weight, dx, dweight, dbias)
+        size = (x.shape[0], -1, *ctx.output_size)
+        if up is None:
+            up = x.new_zeros(x.shape[0], weight.shape[1] * ctx.geometry[-1], *ctx.output_size)
+        else:
+            up = _through_relu(up, None if y is None else y[:, ctx.split :])
+        if dskip is None:
+            dskip = x.new_zeros(()).expand(x.shape[0], ctx.split, *size[2:])
+        return torch.cat([dskip, up], dim=1)
+
+
+class _ConvWeightGrad(torch.autograd.Function):
+    """w = sum of y x over pixels: bilinear, with derivatives X^T (by x) and X (by y) of the gradient as weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x, y, kernel_size, geometry) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            weight = conv_weight_grad(x, y, kernel_size, *geometry)
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+        ctx.kernel_size, ctx.geometry = kernel_size, geometry
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, y = ctx.saved_tensors
+        (grad,) = grads
+        need_x, need_y, *_ = ctx.needs_input_grad
+        return (
+            conv_transpose(y, grad, None, None, x.shape[2:], *ctx.geometry, False) if need_x else None,
+            conv(x, grad, None, None, y.shape[2:], *ctx.geometry, False) if need_y else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, y = ctx.saved_tensors
+        dx, dy, *_ = tangents
+        return _sum(
+            [
+                None if dx is None else conv_weight_grad(dx, y, ctx.kernel_size, *ctx.geometry),
+                None if dy is None else conv_weight_grad(x, dy, ctx.kernel_size, *ctx.geometry),
+            ]
+        )
+
+
+def _conv_autograd(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
+    geometry = (stride, padding, dilation, groups)
+    return _Conv.apply(False, x, weight, bias, residual, output_size, geometry, relu)
+
+
+def _conv_transpose_autograd(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
+    geometry = (stride, padding, dilation, groups)
+    return _Conv.apply(True, x, weight, bias, residual, output_size, geometry, relu)
+
+
+def _conv_weight_grad_autograd(x, y, kernel_size, stride, padding, dilation, groups):
+    return _ConvWeightGrad.apply(x, y, kernel_size, (stride, padding, dilation, groups))
+
+
+def _conv_transpose_concat_autograd(
+    x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu
+):
+    geometry = (stride, padding, dilation, groups)
+    return _ConvTransposeConcat.apply(x, skip, weight, bias, output_size, geometry, relu)
+
+
+library.impl("conv", _conv_autograd, "Autograd")
+library.impl("conv_transpose", _conv_transpose_autograd, "Autograd")
+library.impl("conv_weight_grad", _conv_weight_grad_autograd, "Autograd")
+library.impl("conv_transpose_concat", _conv_transpose_concat_autograd, "Autograd")

@@ -1,0 +1,92 @@
+"""Which code a call runs, decided in one place and shown by `explain`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.runtime import INTERPRETED
+
+KERNEL = "kernel"
+INTERPRETED_KERNEL = "interpreted kernel"
+ATEN = "aten"
+
+GPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+INTERPRETER_DTYPES = GPU_DTYPES | {torch.float64}
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a call runs (`name`) and why (`reason`)."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def kernel_path(tensor: torch.Tensor) -> Path:
+    """Path of an op whose kernels take fp16, bf16 and fp32 on a GPU, and fp64 too under the interpreter."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if device == "cuda":
+        if dtype in GPU_DTYPES:
+            return Path(KERNEL, f"{dtype} on {device}")
+        return Path(ATEN, f"no kernel for {dtype} on a GPU")
+    if device != "cpu":
+        return Path(ATEN, f"no kernels for device {device}")
+    if not INTERPRETED:
+        return Path(
+            ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels"
+        )
+    if dtype in INTERPRETER_DTYPES:
+        return Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1")
+    return Path(ATEN, f"no kernel for {dtype}")
+
+
+def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on: as torch, all floating ones but fp64."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+_PLANNERS: dict[Callable[..., Any], Callable[..., Path]] = {}
+
+
+def explained_by(planner: Callable[..., Path]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a public op: `planner`, called with the op's bound arguments, tells its path."""
+
+    def register(op: Callable[..., Any]) -> Callable[..., Any]:
+        _PLANNERS[op] = planner
+        return op
+
+    return register
+
+
+def public_ops() -> list[Callable[..., Any]]:
+    """Every op that `explain` knows, in the order of definition."""
+    return list(_PLANNERS)
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Path:
+    """Say which path the call `op(*args, **kwargs)` takes here, and why, without running it.
+
+    Returns a `Path` whose `name` is "kernel", "interpreted kernel" or "aten". Raises ValueError for a function that
+    is not one of this package's ops, TypeError for arguments that the op does not take.
+    """
+    planner = _PLANNERS.get(op)
+    if planner is None:
+        names = ", ".join(known.__name__ for known in _PLANNERS)
+        raise ValueError(f"explain knows the ops of backstride.fused_ops ({names}), not {op!r}")
+    bound = inspect.signature(op).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return planner(**bound.arguments)

@@ -1,0 +1,16 @@
+"""The three kernels of convolution, in 1-D, 2-D and 3-D.
+
+The lecture writes convolution as a matrix X acting on the flattened input, and transposed convolution as X^T:
+
+    apply             y[n, a, o] = sum_{b, r} x[n, b, s o - p + d r] w[a, b, r]
+    apply_transposed  x[n, b, i] = sum_{a, r} y[n, a, o]             w[a, b, r]   over s o - p + d r = i
+    weight_grad       w[a, b, r] = sum_{n, o} y[n, a, o]             x[n, b, s o - p + d r]
+
+Each is an implicit GEMM, and the derivatives of each are the other two. Weights arrive packed as [A, taps, B], so
+that channels are contiguous. Tensors keep their strides: NCHW, channels_last and slices of a wider tensor are read
+and written where they lie. 1-D and 2-D are 3-D with the leading axes of size 1 left out (`NDIM`).
+"""
+
+from .launch import Geometry, apply, apply_transposed, weight_grad
+
+__all__ = ["Geometry", "apply", "apply_transposed", "weight_grad"]

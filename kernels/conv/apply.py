@@ -1,0 +1,163 @@
+"""X: convolution, and the input gradient of transposed convolution."""
+
+import triton
+import triton.language as tl
+
+from .tile import CHANNEL_STRIDES, RUNTIME, dot, element_offset, in_bounds, store_tile, unravel
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+def conv_apply_kernel(
+    x_ptr,  # (N, groups * B, ID, IH, IW)
+    w_ptr,  # (groups * A, KD * KH * KW, B)
+    bias_ptr,  # (groups * A,)
+    residual_ptr,  # as y
+    y_ptr,  # (N, groups * A, OD, OH, OW)
+    N,
+    ID,
+    IH,
+    IW,
+    OD,
+    OH,
+    OW,
+    GROUPS,
+    IN_UNITS,
+    OUT_UNITS,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yd,
+    stride_yh,
+    stride_yw,
+    PAD_D,
+    PAD_H,
+    PAD_W,
+    NDIM: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SD: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DD: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    IN_VEC: tl.constexpr,
+    OUT_VEC: tl.constexpr,
+    X_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = relu(X x + bias + residual): one program makes BLOCK_M output pixels by BLOCK_N output channels.
+
+    The reduction runs over (tap, block of input channels); with FLATTEN over the flat (tap, channel) index, which
+    wastes nothing when there are fewer input channels than BLOCK_K.
+    """
+    B = IN_UNITS * IN_VEC
+    A = OUT_UNITS * OUT_VEC
+    TAPS: tl.constexpr = KD * KH * KW
+    tiles_n = tl.cdiv(A, BLOCK_N)
+    pid_m = tl.program_id(0) // (GROUPS * tiles_n)
+    pid_n = tl.program_id(0) % tiles_n
+    group = (tl.program_id(0) // tiles_n % GROUPS).to(tl.int64)
+
+    pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, od, oh, ow = unravel(pixel, OD, OH, OW, NDIM)
+    mask_m = n < N
+    id0 = od * SD - PAD_D
+    ih0 = oh * SH - PAD_H
+    iw0 = ow * SW - PAD_W
+    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM)
+    offs_x = tl.multiple_of(offs_x, X_VEC)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_a = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_a = offs_a < A
+    channel = group * A + offs_a
+    x_ptr += group * B * stride_xc
+    offs_w = channel * (TAPS * B)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if FLATTEN:
+        for k0 in range(0, TAPS * B, BLOCK_K):
+            k = k0 + offs_k
+            tap = k // B
+            b = k % B
+            rd = (tap // (KH * KW)) * DD
+            rh = (tap // KW % KH) * DH
+            rw = (tap % KW) * DW
+            mask_k = k < TAPS * B
+            mask_x = in_bounds(
+                id0[:, None] + rd[None, :],
+                ih0[:, None] + rh[None, :],
+                iw0[:, None] + rw[None, :],
+                ID,
+                IH,
+                IW,
+                NDIM,
+            )
+            offs_tap = element_offset(b * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
+            offs_tap += b.to(tl.int64) * stride_xc
+            x = tl.load(
+                x_ptr + offs_x[:, None] + offs_tap[None, :],
+                mask=mask_x & mask_m[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                w_ptr + offs_w[None, :] + k[:, None], mask=mask_k[:, None] & mask_a[None, :], other=0.0
+            )
+            acc = dot(x, w, acc, PRECISION, UPCAST)
+    else:
+        blocks = tl.cdiv(B, BLOCK_K)
+        for step in range(0, TAPS * blocks):
+            tap = step // blocks
+            b = (step % blocks) * BLOCK_K + offs_k
+            mask_b = b < B
+            rd = (tap // (KH * KW)) * DD
+            rh = (tap // KW % KH) * DH
+            rw = (tap % KW) * DW
+            mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
+            offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
+            offs_pixel = tl.multiple_of(offs_x + offs_tap, X_VEC)
+            x = tl.load(
+                x_ptr + offs_pixel[:, None] + (b.to(tl.int64) * stride_xc)[None, :],
+                mask=mask_x[:, None] & mask_b[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                w_ptr + offs_w[None, :] + (tap * B + b)[:, None],
+                mask=mask_b[:, None] & mask_a[None, :],
+                other=0.0,
+            )
+            acc = dot(x, w, acc, PRECISION, UPCAST)
+
+    offs_y = tl.multiple_of(
+        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
+    )
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        channel,
+        offs_y[:, None] + (channel * stride_yc)[None, :],
+        mask_a,
+        mask_m[:, None] & mask_a[None, :],
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        RELU,
+    )

@@ -1,0 +1,294 @@
+"""X^T: transposed convolution, and the input gradient of convolution."""
+
+import triton
+import triton.language as tl
+
+from .tile import CHANNEL_STRIDES, RUNTIME, dot, element_offset, in_bounds, store_tile, unravel
+
+
+@triton.jit
+def _phase(index, PAD, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """One axis of a residue phase of X^T, with G = gcd(S, D).
+
+    Output pixels i = residue + S q are reached by the taps r = first + (S / G) j, j < taps, and by no others, from
+    the input pixels q + base - (D / G) j. Counting phases by `first` needs no modular inverse and puts the phases
+    with the most taps in front; index % G > 0 stands for the residues that no tap reaches.
+    """
+    first = index // G
+    rest = index % G
+    residue = ((first * D + rest - PAD) % S + S) % S
+    taps = tl.where((rest == 0) & (first < K), (K - first + S // G - 1) // (S // G), 0)
+    base = (residue + PAD - first * D) // S
+    return first, taps, residue, base
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+def conv_apply_transposed_kernel(
+    x_ptr,  # (N, groups * A, ID, IH, IW)
+    w_ptr,  # (groups * A, KD * KH * KW, B)
+    bias_ptr,  # (groups * B,)
+    residual_ptr,  # as y
+    y_ptr,  # (N, groups * B, OD, OH, OW)
+    N,
+    ID,
+    IH,
+    IW,
+    OD,
+    OH,
+    OW,
+    GROUPS,
+    IN_UNITS,
+    OUT_UNITS,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yd,
+    stride_yh,
+    stride_yw,
+    PAD_D,
+    PAD_H,
+    PAD_W,
+    NDIM: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SD: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DD: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GD: tl.constexpr,
+    GH: tl.constexpr,
+    GW: tl.constexpr,
+    IN_VEC: tl.constexpr,
+    OUT_VEC: tl.constexpr,
+    X_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = relu(X^T x + bias + residual), by residue phases (Shi et al. 2016, arXiv 1609.07009).
+
+    The output pixels fall into SD * SH * SW residue classes; within one, X^T is a stride-1 convolution with a fixed
+    subset of the taps, so no inserted zero is ever multiplied. All phases run in one launch, those with the most taps
+    first; a phase without taps still gets bias and residual.
+    """
+    A = IN_UNITS * IN_VEC
+    B = OUT_UNITS * OUT_VEC
+    TAPS: tl.constexpr = KD * KH * KW
+    QD = tl.cdiv(OD, SD)
+    QH = tl.cdiv(OH, SH)
+    QW = tl.cdiv(OW, SW)
+    tiles_n = tl.cdiv(B, BLOCK_N)
+    tiles_m = tl.cdiv(N.to(INDEX) * QD * QH * QW, BLOCK_M)
+    pid_m = tl.program_id(0) // (GROUPS * tiles_n)
+    pid_n = tl.program_id(0) % tiles_n
+    group = (tl.program_id(0) // tiles_n % GROUPS).to(tl.int64)
+    phase = (pid_m // tiles_m).to(tl.int32)
+    pid_m = pid_m % tiles_m
+
+    first_d, taps_d, residue_d, base_d = _phase(phase // (SH * SW), PAD_D, KD, SD, DD, GD)
+    first_h, taps_h, residue_h, base_h = _phase(phase // SW % SH, PAD_H, KH, SH, DH, GH)
+    first_w, taps_w, residue_w, base_w = _phase(phase % SW, PAD_W, KW, SW, DW, GW)
+
+    pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, qd, qh, qw = unravel(pixel, QD, QH, QW, NDIM)
+    od = qd * SD + residue_d
+    oh = qh * SH + residue_h
+    ow = qw * SW + residue_w
+    mask_m = (n < N) & in_bounds(od, oh, ow, OD, OH, OW, NDIM)
+    id0 = qd + base_d
+    ih0 = qh + base_h
+    iw0 = qw + base_w
+    offs_x = tl.multiple_of(
+        element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC
+    )
+
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_b = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_b = offs_b < B
+    channel = group * B + offs_b
+    x_ptr += group * A * stride_xc
+    w_ptr += group * A * (TAPS * B)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    blocks = tl.cdiv(A, BLOCK_K)
+    for step in range(0, taps_d * taps_h * taps_w * blocks):
+        tap = step // blocks
+        a = (step % blocks) * BLOCK_K + offs_k
+        mask_a = a < A
+        jd = tap // (taps_h * taps_w)
+        jh = tap // taps_w % taps_h
+        jw = tap % taps_w
+        r = ((first_d + jd * (SD // GD)) * KH + first_h + jh * (SH // GH)) * KW + first_w + jw * (SW // GW)
+        rd = jd * -(DD // GD)
+        rh = jh * -(DH // GH)
+        rw = jw * -(DW // GW)
+        mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
+        offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
+        offs_pixel = tl.multiple_of(offs_x + offs_tap, X_VEC)
+        x = tl.load(
+            x_ptr + offs_pixel[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
+            mask=mask_x[:, None] & mask_a[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            w_ptr + (a.to(tl.int64) * (TAPS * B) + r * B)[:, None] + offs_b[None, :],
+            mask=mask_a[:, None] & mask_b[None, :],
+            other=0.0,
+        )
+        acc = dot(x, w, acc, PRECISION, UPCAST)
+
+    offs_y = tl.multiple_of(
+        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
+    )
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        channel,
+        offs_y[:, None] + (channel * stride_yc)[None, :],
+        mask_b,
+        mask_m[:, None] & mask_b[None, :],
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        RELU,
+    )
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+def conv_scatter_kernel(
+    x_ptr,  # (N, groups * A, ID, IH, IW)
+    w_ptr,  # (groups * A, KD * KH * KW, B)
+    bias_ptr,  # (groups * B,)
+    residual_ptr,  # as y
+    y_ptr,  # (N, groups * B, OD, OH, OW)
+    N,
+    ID,
+    IH,
+    IW,
+    OD,
+    OH,
+    OW,
+    GROUPS,
+    IN_UNITS,
+    OUT_UNITS,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yd,
+    stride_yh,
+    stride_yw,
+    PAD_D,
+    PAD_H,
+    PAD_W,
+    NDIM: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    IN_VEC: tl.constexpr,
+    OUT_VEC: tl.constexpr,
+    X_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr,
+    COLUMN_VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = relu(X^T x + bias + residual) where the stride equals the kernel size: one GEMM and a scattering store.
+
+    [input pixels, A] times [A, taps * B]: every output pixel has exactly one tap, so each product lands at
+    S i + r - p with nothing to add up, and the input is read once for all taps.
+    """
+    A = IN_UNITS * IN_VEC
+    B = OUT_UNITS * OUT_VEC
+    TAPS: tl.constexpr = KD * KH * KW
+    tiles_n = tl.cdiv(TAPS * B, BLOCK_N)
+    pid_m = tl.program_id(0) // (GROUPS * tiles_n)
+    pid_n = tl.program_id(0) % tiles_n
+    group = (tl.program_id(0) // tiles_n % GROUPS).to(tl.int64)
+
+    pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
+    mask_m = n < N
+    offs_x = tl.multiple_of(
+        element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC
+    )
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < TAPS * B
+    x_ptr += group * A * stride_xc
+    w_ptr += group * A * (TAPS * B)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for a0 in range(0, A, BLOCK_K):
+        a = a0 + offs_k
+        mask_a = a < A
+        x = tl.load(
+            x_ptr + offs_x[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
+            mask=mask_m[:, None] & mask_a[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            w_ptr + (a.to(tl.int64) * (TAPS * B))[:, None] + offs_n[None, :],
+            mask=mask_a[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        acc = dot(x, w, acc, PRECISION, UPCAST)
+
+    tap = offs_n // B
+    channel = group * B + offs_n % B
+    rd = tap // (KH * KW) - PAD_D
+    rh = tap // KW % KH - PAD_H
+    rw = tap % KW - PAD_W
+    od = i_d * KD
+    oh = i_h * KH
+    ow = i_w * KW
+    mask_x = in_bounds(
+        od[:, None] + rd[None, :], oh[:, None] + rh[None, :], ow[:, None] + rw[None, :], OD, OH, OW, NDIM
+    )
+    offs_y = tl.multiple_of(
+        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
+    )
+    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM)
+    # A run of OUT_VEC columns stays within one tap, so its addresses are consecutive: said, because the division
+    # hides it from the compiler, which would otherwise store element by element.
+    offs_column = tl.max_contiguous(tl.multiple_of(offs_tap + channel * stride_yc, COLUMN_VEC), COLUMN_VEC)
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        channel,
+        offs_y[:, None] + offs_column[None, :],
+        mask_n,
+        mask_x & mask_m[:, None] & mask_n[None, :],
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        RELU,
+    )

@@ -1,0 +1,53 @@
+"""Launch configurations of the convolution kernels: data, and a pure function that chooses.
+
+No threshold here was measured on a GPU yet: they follow from the sizes alone (tiles that fill the multiprocessors,
+and that compile without spills for every target: see the cross-compilation table in bench/results).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile of one program, in rows (pixels), columns (channels) and reduction steps, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _block(size: int, smallest: int, largest: int) -> int:
+    """Smallest power of two that holds `size`, within limits."""
+    return min(max(1 << (size - 1).bit_length(), smallest), largest)
+
+
+@lru_cache(maxsize=4096)
+def choose_config(m: int, n: int, k: int, itemsize: int, tensor_cores: bool, sms: int) -> ConvConfig:
+    """Tile for a product of m × k by k × n, of `itemsize` bytes an element, on `sms` multiprocessors.
+
+    `tensor_cores` is False for IEEE fp32 and fp64, which multiply on the plain units from registers and so want
+    small tiles.
+    """
+    if not tensor_cores:
+        return ConvConfig(_block(m, 16, 64), _block(n, 16, 64), 16, 4, 3)
+    block_k = _block(k, 16, 128 // itemsize)
+    block_n = _block(n, 16, 128)
+    block_m = _block(m, 16, 128)
+    # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
+    while block_m > 64 and -(-m // block_m) * -(-n // block_n) < sms:
+        block_m //= 2
+    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return ConvConfig(block_m, block_n, block_k, num_warps, 4 if itemsize == 2 else 3)
+
+
+def choose_splits(tiles: int, steps: int, elements: int, sms: int) -> int:
+    """Into how many parts the weight gradient's sum over pixels is cut.
+
+    About three waves of programs over the multiprocessors, at least eight steps a part (below that the partial
+    results cost more than they spread), and at most 256 MiB of fp32 partial results.
+    """
+    splits = min(-(-3 * sms // tiles), steps // 8, (256 << 20) // (4 * elements))
+    return max(splits, 1)

@@ -40,9 +40,7 @@ def kernel_path(tensor: torch.Tensor) -> Path:
     if device != "cpu":
         return Path(ATEN, f"no kernels for device {device}")
     if not INTERPRETED:
-        return Path(
-            ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels"
-        )
+        return Path(ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels")
     if dtype in INTERPRETER_DTYPES:
         return Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1")
     return Path(ATEN, f"no kernel for {dtype}")
@@ -54,8 +52,7 @@ def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Ten
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
 
 

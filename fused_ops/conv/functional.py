@@ -53,9 +53,7 @@ def _batched(axes: int, input: Any, weight: Any, bias: Any, groups: int) -> tupl
     for other in (weight, bias):
         _require(other is None or (other.dtype == input.dtype and other.device == input.device))
     _require(weight.dim() == axes + 2 and input.dim() in (axes + 1, axes + 2))
-    _require(
-        groups >= 1 and weight.shape[0] > 0 and weight.shape[0] % groups == 0 and min(weight.shape[1:]) > 0
-    )
+    _require(groups >= 1 and weight.shape[0] > 0 and weight.shape[0] % groups == 0 and min(weight.shape[1:]) > 0)
     batched = input.dim() == axes + 2
     x = input if batched else input.unsqueeze(0)
     _require(min(x.shape[1:]) > 0)
@@ -99,9 +97,7 @@ def _bind_transposed(
     _require(all(e < max(s, d) for e, s, d in zip(extras, strides, dilations, strict=True)))
     output_size = [
         (i - 1) * s - 2 * p + d * (k - 1) + e + 1
-        for i, s, p, d, k, e in zip(
-            x.shape[2:], strides, paddings, dilations, weight.shape[2:], extras, strict=True
-        )
+        for i, s, p, d, k, e in zip(x.shape[2:], strides, paddings, dilations, weight.shape[2:], extras, strict=True)
     ]
     _require(min(output_size) >= 1)
     return _Call(x, batched, output_size, strides, paddings, dilations, groups)
@@ -158,9 +154,7 @@ def _run(
     return y if call.batched else y.squeeze(0)
 
 
-def _conv(
-    axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual
-) -> Tensor:
+def _conv(axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual) -> Tensor:
     relu = _is_relu(activation)
     call, _ = _plan(_bind_conv, axes, *arguments)
     if call is None:
@@ -191,9 +185,7 @@ def _plan_transposed(axes: int) -> Callable[..., Path]:
     def plan(
         input, weight, bias, stride, padding, output_padding, groups, dilation, activation=None, **epilogue
     ) -> Path:
-        return _plan(
-            _bind_transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation
-        )[1]
+        return _plan(_bind_transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation)[1]
 
     return plan
 

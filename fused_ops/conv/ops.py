@@ -13,7 +13,6 @@ and each one's derivatives are the other two: gradients of any order run on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,14 +81,10 @@ def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return y.relu() if relu else y
 
 
-def _aten_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry
-) -> Tensor:
+def _aten_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    natural = [
-        (i + 2 * p - span) // s + 1 for i, p, span, s in zip(x.shape[2:], padding, spans, stride, strict=True)
-    ]
+    natural = [(i + 2 * p - span) // s + 1 for i, p, span, s in zip(x.shape[2:], padding, spans, stride, strict=True)]
     if natural != list(out):
         x, padding = _pad_to(x, out, geometry, spans), [0] * len(out)
     zero = [0] * len(out)
@@ -267,9 +262,7 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _gradients(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """Gradients of X x + bias, or with ctx.transposed of X^T x + bias, by x, weight and bias, where needed."""
     wide, narrow = (grad, x) if ctx.transposed else (x, grad)
     input_grad = conv if ctx.transposed else conv_transpose
@@ -413,9 +406,7 @@ def _conv_weight_grad_autograd(x, y, kernel_size, stride, padding, dilation, gro
     return _ConvWeightGrad.apply(x, y, kernel_size, (stride, padding, dilation, groups))
 
 
-def _conv_transpose_concat_autograd(
-    x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu
-):
+def _conv_transpose_concat_autograd(x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu):
     geometry = (stride, padding, dilation, groups)
     return _ConvTransposeConcat.apply(x, skip, weight, bias, output_size, geometry, relu)
 

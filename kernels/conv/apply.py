@@ -117,9 +117,7 @@ def conv_apply_kernel(
                 mask=mask_x & mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )
-            w = tl.load(
-                w_ptr + offs_w[None, :] + k[:, None], mask=mask_k[:, None] & mask_a[None, :], other=0.0
-            )
+            w = tl.load(w_ptr + offs_w[None, :] + k[:, None], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
             acc = dot(x, w, acc, PRECISION, UPCAST)
     else:
         blocks = tl.cdiv(B, BLOCK_K)
@@ -145,9 +143,7 @@ def conv_apply_kernel(
             )
             acc = dot(x, w, acc, PRECISION, UPCAST)
 
-    offs_y = tl.multiple_of(
-        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
-    )
+    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
     store_tile(
         acc,
         bias_ptr,

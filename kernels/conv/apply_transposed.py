@@ -113,9 +113,7 @@ def conv_apply_transposed_kernel(
     id0 = qd + base_d
     ih0 = qh + base_h
     iw0 = qw + base_w
-    offs_x = tl.multiple_of(
-        element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC
-    )
+    offs_x = tl.multiple_of(element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_b = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -152,9 +150,7 @@ def conv_apply_transposed_kernel(
         )
         acc = dot(x, w, acc, PRECISION, UPCAST)
 
-    offs_y = tl.multiple_of(
-        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
-    )
+    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
     store_tile(
         acc,
         bias_ptr,
@@ -236,9 +232,7 @@ def conv_scatter_kernel(
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
     mask_m = n < N
-    offs_x = tl.multiple_of(
-        element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC
-    )
+    offs_x = tl.multiple_of(element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < TAPS * B
@@ -272,9 +266,7 @@ def conv_scatter_kernel(
     mask_x = in_bounds(
         od[:, None] + rd[None, :], oh[:, None] + rh[None, :], ow[:, None] + rw[None, :], OD, OH, OW, NDIM
     )
-    offs_y = tl.multiple_of(
-        element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC
-    )
+    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
     offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM)
     # A run of OUT_VEC columns stays within one tap, so its addresses are consecutive: said, because the division
     # hides it from the compiler, which would otherwise store element by element.

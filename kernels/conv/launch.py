@@ -126,9 +126,7 @@ def plan_apply(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    config = choose_config(
-        pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), sms
-    )
+    config = choose_config(pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), sms)
     sx, sy = _strides(x), _strides(y)
     constants = _geometry_constants(kernel, geometry) | {
         "NDIM": len(kernel),
@@ -217,9 +215,7 @@ def plan_weight_grad(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    config = choose_config(
-        a, taps * b if flatten else b, pixels, dtype.itemsize, _uses_tensor_cores(dtype, tf32), 1
-    )
+    config = choose_config(a, taps * b if flatten else b, pixels, dtype.itemsize, _uses_tensor_cores(dtype, tf32), 1)
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
@@ -237,9 +233,7 @@ def plan_weight_grad(
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
-    return Plan(
-        conv_weight_grad_kernel, (tiles, triton.cdiv(steps, split_steps)), (*sizes, split_steps), constants
-    )
+    return Plan(conv_weight_grad_kernel, (tiles, triton.cdiv(steps, split_steps)), (*sizes, split_steps), constants)
 
 
 def _sizes(
@@ -306,9 +300,7 @@ def apply(
     """
     if y.numel() == 0:
         return
-    plan = plan_apply(
-        layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, multiprocessors(x)
-    )
+    plan = plan_apply(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, multiprocessors(x))
     _launch_forward(plan, x, weight, bias, residual, y, relu)
 
 

@@ -27,9 +27,7 @@ def _tap_slices(
         )
 
 
-def _padded_size(
-    size: Sequence[int], kernel: Sequence[int], out: Sequence[int], geometry: Geometry
-) -> list[int]:
+def _padded_size(size: Sequence[int], kernel: Sequence[int], out: Sequence[int], geometry: Geometry) -> list[int]:
     """Length of each padded axis: enough for the input behind its padding, and for the last tap's last pixel."""
     return [
         max(p + i, (o - 1) * s + (k - 1) * d + 1)
@@ -63,9 +61,7 @@ def apply(x: torch.Tensor, weight: torch.Tensor, out: Sequence[int], geometry: G
     return y.flatten(1, 2)
 
 
-def apply_transposed(
-    y: torch.Tensor, weight: torch.Tensor, size: Sequence[int], geometry: Geometry
-) -> torch.Tensor:
+def apply_transposed(y: torch.Tensor, weight: torch.Tensor, size: Sequence[int], geometry: Geometry) -> torch.Tensor:
     """X^T y: (N, groups A, *out) and (groups A, B, *kernel) to (N, groups B, *size)."""
     kernel, out = weight.shape[2:], y.shape[2:]
     w = _grouped(weight, 0, geometry.groups)

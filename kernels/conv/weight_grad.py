@@ -101,9 +101,7 @@ def conv_weight_grad_kernel(
         mask_k = n < N
         offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM)
         offs_y = tl.multiple_of(offs_y, Y_VEC)
-        y = tl.load(
-            y_ptr + offs_y[:, None] + offs_yc[None, :], mask=mask_k[:, None] & mask_a[None, :], other=0.0
-        )
+        y = tl.load(y_ptr + offs_y[:, None] + offs_yc[None, :], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
         i_d = od * SD
         i_h = oh * SH
         i_w = ow * SW
@@ -128,10 +126,7 @@ def conv_weight_grad_kernel(
         acc = dot(tl.trans(y), x, acc, PRECISION, UPCAST)
 
     offs_w = (split * GROUPS + group) * A + offs_a
-    if W_CHANNELS_LAST:
-        offs_column = tap * B + b
-    else:
-        offs_column = b * TAPS + tap
+    offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap
     tl.store(
         w_ptr + (offs_w * (TAPS * B))[:, None] + offs_column[None, :],
         acc.to(w_ptr.dtype.element_ty),

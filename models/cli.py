@@ -47,17 +47,13 @@ def train_unet(
             "Without it: generated pictures of touching cells."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and pictures.")] = Path(
-        "runs/unet"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and pictures.")] = Path("runs/unet"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")
     ] = False,
     val: Annotated[
         str,
-        typer.Option(
-            help="Held-out images by number from 0, e.g. 25-29 or 3,8,20-24. Default: the last tenth."
-        ),
+        typer.Option(help="Held-out images by number from 0, e.g. 25-29 or 3,8,20-24. Default: the last tenth."),
     ] = "",
     steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Crops per step.")] = DEFAULT.batch_size,
@@ -81,18 +77,12 @@ def train_unet(
     elastic: Annotated[
         float, typer.Option(help="Standard deviation of the elastic deformation in pixels; 0: none.")
     ] = DEFAULT.elastic,
-    border_weight: Annotated[
-        float, typer.Option(help="w0 of the border weight map; 0: none.")
-    ] = DEFAULT.border_weight,
+    border_weight: Annotated[float, typer.Option(help="w0 of the border weight map; 0: none.")] = DEFAULT.border_weight,
     border_sigma: Annotated[
         float, typer.Option(help="sigma of the border weight map in pixels.")
     ] = DEFAULT.border_sigma,
-    every: Annotated[
-        int, typer.Option(help="Steps between validations, with picture and checkpoint.")
-    ] = DEFAULT.every,
-    seed: Annotated[
-        int, typer.Option(help="Decides weights, order, augmentation and dropout.")
-    ] = DEFAULT.seed,
+    every: Annotated[int, typer.Option(help="Steps between validations, with picture and checkpoint.")] = DEFAULT.every,
+    seed: Annotated[int, typer.Option(help="Decides weights, order, augmentation and dropout.")] = DEFAULT.seed,
     ops: Annotated[Ops, typer.Option(help="Who computes: backstride.fused_ops or torch.nn.")] = DEFAULT.ops,
     device: DeviceOption = "auto",
 ) -> None:
@@ -194,9 +184,7 @@ def parse_indices(text: str) -> tuple[int, ...]:
 
 def find_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: PyTorch finds no GPU here (backstride doctor says more); use --device cpu"
-        )
+        raise ValueError("--device cuda: PyTorch finds no GPU here (backstride doctor says more); use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -207,7 +195,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -19,9 +19,7 @@ Activation = Literal["relu"] | None
 def check_ops(ops: str) -> None:
     """Raises ValueError unless `ops` is "fused" or "torch"."""
     if ops not in ("fused", "torch"):
-        raise ValueError(
-            f'ops={ops!r} is unknown: choose "fused" (backstride.fused_ops) or "torch" (torch.nn)'
-        )
+        raise ValueError(f'ops={ops!r} is unknown: choose "fused" (backstride.fused_ops) or "torch" (torch.nn)')
 
 
 class Conv2d(nn.Conv2d):

@@ -38,9 +38,7 @@ class ConfusionMatrix:
         Raises TypeError for probabilities, ValueError for differing shapes or classes out of range.
         """
         if pred.is_floating_point():
-            raise TypeError(
-                f"pred must hold class numbers, not {pred.dtype}: take argmax over the classes first"
-            )
+            raise TypeError(f"pred must hold class numbers, not {pred.dtype}: take argmax over the classes first")
         if pred.shape != target.shape:
             raise ValueError(
                 f"pred and target must have one shape, but have {list(pred.shape)} and {list(target.shape)}"
@@ -152,10 +150,7 @@ def pixel_error(probability: Tensor, labels: Tensor) -> float:
     The minimum over the thresholds of `v_rand`. Arguments and errors as in `v_rand`.
     """
     pixels = list(_slices(probability, labels))
-    return min(
-        float(np.mean([((p > threshold) != truth).mean() for p, truth in pixels]))
-        for threshold in _THRESHOLDS
-    )
+    return min(float(np.mean([((p > threshold) != truth).mean() for p, truth in pixels])) for threshold in _THRESHOLDS)
 
 
 def _slices(probability: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -171,8 +166,7 @@ def _slices(probability: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, n
         )
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(
-            f"labels must be 1 inside a cell and 0 on a border, "
-            f"but range from {labels.min()} to {labels.max()}"
+            f"labels must be 1 inside a cell and 0 on a border, but range from {labels.min()} to {labels.max()}"
         )
     probability, labels = (
         probability.reshape(-1, *probability.shape[-2:]),
@@ -180,9 +174,7 @@ def _slices(probability: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, n
     )
     for number, truth in enumerate(labels.bool()):
         if not truth.any():
-            raise ValueError(
-                f"slice {number} of labels has no pixel inside a cell, so that nothing can be scored"
-            )
+            raise ValueError(f"slice {number} of labels has no pixel inside a cell, so that nothing can be scored")
         yield probability[number].double().cpu().numpy(), truth.cpu().numpy()
 
 

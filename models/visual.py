@@ -205,9 +205,7 @@ def sample_sheet(
     names = [""] * len(rows) if names is None else names
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(
-                f"a row of {len(row)} pictures does not fit the {len(columns)} columns {columns}"
-            )
+            raise ValueError(f"a row of {len(row)} pictures does not fit the {len(columns)} columns {columns}")
     figure = Figure(figsize=(2.9 * len(columns), 3.1 * len(rows) + 0.3), dpi=120, layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for number, ((image, truth, *masks), name) in enumerate(zip(rows, names, strict=True)):
@@ -232,6 +230,4 @@ def sample_sheet(
 def _regions(mask: Tensor) -> Tensor:
     """Numbers the 4-connected regions of class 1 by the palette's first hues, in turn."""
     numbers = torch.from_numpy(np.asarray(label((mask == 1).cpu().numpy(), connectivity=1)))
-    return torch.where(
-        mask.cpu() == IGNORE, IGNORE, torch.where(numbers > 0, (numbers - 1) % len(_COLOURS) + 1, 0)
-    )
+    return torch.where(mask.cpu() == IGNORE, IGNORE, torch.where(numbers > 0, (numbers - 1) % len(_COLOURS) + 1, 0))

@@ -105,9 +105,7 @@ def _keys_cubic(samples, size):
 def test_elastic_displacements_have_the_published_size():
     image, mask = coordinates(101, 101)
     # In the middle the displacement is one draw from N(0, 10 px), and nothing is mirrored there.
-    shifts = torch.stack(
-        [elastic_deformation(image, mask, generator(seed))[0][:, 50, 50] for seed in range(400)]
-    )
+    shifts = torch.stack([elastic_deformation(image, mask, generator(seed))[0][:, 50, 50] for seed in range(400)])
     assert abs(shifts.mean() - 50) < 1.5
     assert abs(shifts.std() - 10) < 1
 

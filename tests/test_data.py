@@ -252,9 +252,7 @@ def test_cells_touch_and_are_kept_apart():
     assert 25 < cells.max() < 80
     assert np.bincount(cells.ravel())[1:].max() < 4000
     padded = np.pad(cells, 2)
-    around = np.stack(
-        [np.roll(padded, (dy, dx), (0, 1))[2:-2, 2:-2] for dy in (-2, 0, 2) for dx in (-2, 0, 2)]
-    )
+    around = np.stack([np.roll(padded, (dy, dx), (0, 1))[2:-2, 2:-2] for dy in (-2, 0, 2) for dx in (-2, 0, 2)])
     lowest = np.where(around == 0, cells.max() + 1, around).min(0)
     border = (cells == 0) & (around.max(0) > lowest)
     assert border.mean() > 0.02

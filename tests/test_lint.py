@@ -8,9 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
-SOURCE_FILES = sorted(
-    p for package in ("fused_ops", "models", "bench") for p in (ROOT / package).rglob("*.py")
-)
+SOURCE_FILES = sorted(p for package in ("fused_ops", "models", "bench") for p in (ROOT / package).rglob("*.py"))
 
 
 def called_name(call: ast.Call) -> str:

@@ -92,9 +92,7 @@ def test_class_weights_balance_the_classes_over_the_whole_set():
 def border_term_by_hand(mask, w0, sigma):
     """Equation 2 with exact distances to every cell, over the whole image."""
     cells, count = ndimage.label(mask)
-    distances = np.sort(
-        [ndimage.distance_transform_edt(cells != number + 1) for number in range(count)], axis=0
-    )
+    distances = np.sort([ndimage.distance_transform_edt(cells != number + 1) for number in range(count)], axis=0)
     return np.where(mask == 0, w0 * np.exp(-((distances[0] + distances[1]) ** 2) / (2 * sigma**2)), 0)
 
 

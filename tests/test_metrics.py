@@ -208,9 +208,7 @@ def test_a_single_pixel_hole_costs_more_than_thick_borders():
 def test_mirroring_and_transposing_change_nothing():
     draw = np.random.default_rng(3)
     truth = truth_of_cells(1)
-    noisy = torch.from_numpy(
-        _thin(ndimage.gaussian_filter(draw.standard_normal((24, 24)), 1.5) > -0.1)
-    ).float()
+    noisy = torch.from_numpy(_thin(ndimage.gaussian_filter(draw.standard_normal((24, 24)), 1.5) > -0.1)).float()
     truth = truth[:24, :24]
     scores = v_scores(noisy, truth)
     # The components get other numbers then; with borders of one pixel no tie is left to the watershed.

@@ -96,9 +96,7 @@ HISTORY = {
 def drawn(monkeypatch, history, path):
     """The axes that loss_curve draws, caught when it saves them."""
     caught = []
-    monkeypatch.setattr(
-        "backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure)
-    )
+    monkeypatch.setattr("backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure))
     loss_curve(history, path)
     return caught[0].axes[0]
 
@@ -135,9 +133,7 @@ def test_sample_sheet_scores_the_predictions(tmp_path, monkeypatch):
     image, truth = torch.rand(1, 24, 30, generator=torch.Generator().manual_seed(0)), striped(24, 30, 2)
     before, after = torch.zeros_like(truth), truth
     caught = []
-    monkeypatch.setattr(
-        "backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure)
-    )
+    monkeypatch.setattr("backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure))
     sample_sheet([(image, truth, before, after)] * 2, tmp_path / "sheet.png", names=["a", "b"])
     axes = caught[0].axes
     assert [cell.get_title() for cell in axes[:4]] == ["image", "truth", "before", "after"]
@@ -149,9 +145,7 @@ def test_sample_sheet_colours_regions_of_two_classes_apart(tmp_path, monkeypatch
     image, truth = torch.zeros(1, 20, 20), torch.zeros(20, 20, dtype=torch.int64)
     truth[2:8, 2:18] = truth[12:18, 2:18] = 1
     caught = []
-    monkeypatch.setattr(
-        "backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure)
-    )
+    monkeypatch.setattr("backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure))
     sample_sheet([(image, truth)], tmp_path / "sheet.png", columns=("image", "truth"))
     shown = np.array(caught[0].axes[1].images[0].get_array())
     assert shown[5, 10].tolist() != shown[15, 10].tolist() != [0, 0, 0]

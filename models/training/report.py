@@ -37,9 +37,7 @@ class Report:
         rate = (self.progress.tasks[self.bar].speed or math.nan) * self.batch_size
         self.progress.update(self.bar, completed=step, loss=loss, rate=rate)
         if not self.console.is_terminal and step % self.line_every == 0:
-            self.console.print(
-                f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.2f} img/s", highlight=False
-            )
+            self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.2f} img/s", highlight=False)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -15,7 +15,7 @@ from ..data.augment import elastic_deformation, mirror_pad, random_crop, random_
 from ..data.cells import TouchingCells
 from ..data.folder import FolderSegmentation
 from ..losses import border_weight_map, class_weights, weighted_cross_entropy
-from ..metrics import ConfusionMatrix, v_info, v_rand
+from ..metrics import ConfusionMatrix, v_scores
 from ..predict import predict_logits, predict_probability
 from ..segmentation.unet import UNet
 from ..visual import sample_sheet
@@ -73,14 +73,10 @@ def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfi
     data = FolderSegmentation(config.data)
     held_out = config.validation or tuple(range(len(data) - max(1, len(data) // 10), len(data)))
     if outside := [index for index in held_out if index not in range(len(data))]:
-        raise ValueError(
-            f"validation image {outside[0]} does not exist: {config.data} holds 0 ... {len(data) - 1}"
-        )
+        raise ValueError(f"validation image {outside[0]} does not exist: {config.data} holds 0 ... {len(data) - 1}")
     training = [index for index in range(len(data)) if index not in held_out]
     if not training:
-        raise ValueError(
-            f"{config.data} holds {len(data)} images and all are held out: none is left to train on"
-        )
+        raise ValueError(f"{config.data} holds {len(data)} images and all are held out: none is left to train on")
     config = replace(
         config,
         validation=held_out,
@@ -119,9 +115,7 @@ class SegmentationTask:
 
     def _weights(self, mask: Tensor) -> Tensor:
         c = self.config
-        return border_weight_map(
-            mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE, self.class_weights
-        )
+        return border_weight_map(mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE, self.class_weights)
 
     def batch(self, step: int) -> Batch:
         """(images [N, C, tile, tile], targets [N, s, s], weights [N, s, s]) with s the network's output
@@ -196,7 +190,7 @@ def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) 
     one_size = len({mask.shape for mask in masks}) == 1
     if network.num_classes == 2 and one_size and all((mask != IGNORE).all() for mask in masks):
         inside, truth = torch.stack([probability[1] for probability in probabilities]), torch.stack(masks)
-        metrics |= {"v_rand": v_rand(inside, truth), "v_info": v_info(inside, truth)}
+        metrics["v_rand"], metrics["v_info"] = v_scores(inside, truth)
     return metrics
 
 

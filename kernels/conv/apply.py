@@ -81,8 +81,7 @@ def conv_apply_kernel(
     id0 = od * SD - PAD_D
     ih0 = oh * SH - PAD_H
     iw0 = ow * SW - PAD_W
-    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM)
-    offs_x = tl.multiple_of(offs_x, X_VEC)
+    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_a = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -110,7 +109,7 @@ def conv_apply_kernel(
                 IW,
                 NDIM,
             )
-            offs_tap = element_offset(b * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
+            offs_tap = element_offset(b * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
             offs_tap += b.to(tl.int64) * stride_xc
             x = tl.load(
                 x_ptr + offs_x[:, None] + offs_tap[None, :],
@@ -129,10 +128,9 @@ def conv_apply_kernel(
             rh = (tap // KW % KH) * DH
             rw = (tap % KW) * DW
             mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
-            offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
-            offs_pixel = tl.multiple_of(offs_x + offs_tap, X_VEC)
+            offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
             x = tl.load(
-                x_ptr + offs_pixel[:, None] + (b.to(tl.int64) * stride_xc)[None, :],
+                x_ptr + (offs_x + offs_tap)[:, None] + (b.to(tl.int64) * stride_xc)[None, :],
                 mask=mask_x[:, None] & mask_b[None, :],
                 other=0.0,
             )
@@ -143,7 +141,7 @@ def conv_apply_kernel(
             )
             acc = dot(x, w, acc, PRECISION, UPCAST)
 
-    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
     store_tile(
         acc,
         bias_ptr,

@@ -113,7 +113,7 @@ def conv_apply_transposed_kernel(
     id0 = qd + base_d
     ih0 = qh + base_h
     iw0 = qw + base_w
-    offs_x = tl.multiple_of(element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC)
+    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_b = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,10 +136,9 @@ def conv_apply_transposed_kernel(
         rh = jh * -(DH // GH)
         rw = jw * -(DW // GW)
         mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
-        offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
-        offs_pixel = tl.multiple_of(offs_x + offs_tap, X_VEC)
+        offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
         x = tl.load(
-            x_ptr + offs_pixel[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
+            x_ptr + (offs_x + offs_tap)[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
             mask=mask_x[:, None] & mask_a[None, :],
             other=0.0,
         )
@@ -150,7 +149,7 @@ def conv_apply_transposed_kernel(
         )
         acc = dot(x, w, acc, PRECISION, UPCAST)
 
-    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
     store_tile(
         acc,
         bias_ptr,
@@ -205,6 +204,7 @@ def conv_scatter_kernel(
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
+    CROP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -232,7 +232,7 @@ def conv_scatter_kernel(
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
     mask_m = n < N
-    offs_x = tl.multiple_of(element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM), X_VEC)
+    offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < TAPS * B
@@ -263,11 +263,13 @@ def conv_scatter_kernel(
     od = i_d * KD
     oh = i_h * KH
     ow = i_w * KW
-    mask_x = in_bounds(
-        od[:, None] + rd[None, :], oh[:, None] + rh[None, :], ow[:, None] + rw[None, :], OD, OH, OW, NDIM
-    )
-    offs_y = tl.multiple_of(element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM), Y_VEC)
-    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM)
+    mask = mask_m[:, None] & mask_n[None, :]
+    if CROP:
+        mask = mask & in_bounds(
+            od[:, None] + rd[None, :], oh[:, None] + rh[None, :], ow[:, None] + rw[None, :], OD, OH, OW, NDIM
+        )
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
+    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
     # A run of OUT_VEC columns stays within one tap, so its addresses are consecutive: said, because the division
     # hides it from the compiler, which would otherwise store element by element.
     offs_column = tl.max_contiguous(tl.multiple_of(offs_tap + channel * stride_yc, COLUMN_VEC), COLUMN_VEC)
@@ -279,7 +281,7 @@ def conv_scatter_kernel(
         channel,
         offs_y[:, None] + offs_column[None, :],
         mask_n,
-        mask_x & mask_m[:, None] & mask_n[None, :],
+        mask,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,

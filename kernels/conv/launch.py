@@ -185,6 +185,9 @@ def plan_apply_transposed(
             del constants[name]
         vector = min(constants["OUT_VEC"], constants["Y_VEC"]) if sy[1] == 1 else 1
         constants["COLUMN_VEC"] = vector
+        constants["CROP"] = any(
+            size_y != size_x * s for s, size_x, size_y in zip(geometry.stride, x.shape[2:], y.shape[2:], strict=True)
+        )
     else:
         positions = [-(-size // s) for size, s in zip(y.shape[2:], geometry.stride, strict=True)]
         rows, columns = x.shape[0] * math.prod(positions), b

@@ -41,14 +41,15 @@ def unravel(pixel, D, H, W, NDIM: tl.constexpr):
 
 
 @triton.jit
-def element_offset(n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr):
-    """Element offset of a pixel, in 64 bits: tensors may pass 2^31 elements."""
+def element_offset(n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr):
+    """Element offset of a pixel, in 64 bits: tensors may pass 2^31 elements. All offsets are multiples of VEC."""
     offset = n.to(tl.int64) * stride_n + w.to(tl.int64) * stride_w
     if NDIM >= 2:
         offset += h.to(tl.int64) * stride_h
     if NDIM == 3:
         offset += d.to(tl.int64) * stride_d
-    return offset
+    # Said here and not by the caller: on the result of a call the hint would be lost when the call is inlined.
+    return tl.multiple_of(offset, VEC)
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def conv_weight_grad_kernel(
     rd = (tap // (KH * KW)) * DD - PAD_D
     rh = (tap // KW % KH) * DH - PAD_H
     rw = (tap % KW) * DW - PAD_W
-    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM)
+    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
     offs_xc = (group * B + b) * stride_xc
     offs_yc = (group * A + offs_a) * stride_yc
 
@@ -99,13 +99,12 @@ def conv_weight_grad_kernel(
     for step in range(0, SPLIT_STEPS):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
         mask_k = n < N
-        offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM)
-        offs_y = tl.multiple_of(offs_y, Y_VEC)
+        offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
         y = tl.load(y_ptr + offs_y[:, None] + offs_yc[None, :], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
         i_d = od * SD
         i_h = oh * SH
         i_w = ow * SW
-        offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM)
+        offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
         if FLATTEN:
             mask_x = in_bounds(
                 i_d[:, None] + rd[None, :],
@@ -121,7 +120,7 @@ def conv_weight_grad_kernel(
         else:
             mask_x = in_bounds(i_d + rd, i_h + rh, i_w + rw, ID, IH, IW, NDIM) & mask_k
             mask_x = mask_x[:, None] & mask_b[None, :]
-            x_ptrs = x_ptr + tl.multiple_of(offs_x + offs_tap, X_VEC)[:, None] + offs_xc[None, :]
+            x_ptrs = x_ptr + (offs_x + offs_tap)[:, None] + offs_xc[None, :]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         acc = dot(tl.trans(y), x, acc, PRECISION, UPCAST)
 

@@ -1,0 +1,128 @@
+"""Compile a Triton kernel for a GPU that isn't there, and read what the compiler reports about it.
+
+`compile_kernel` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one kernel,
+configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this module
+runs in a process of its own: `python tests/cross_compile.py` prints the table of all shipped kernels as CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+# Shared memory that one program can have, in bytes (CUDA C++ programming guide, table of compute capabilities; LDS of
+# CDNA3), and the mnemonic of the matrix instruction that a 16-bit product has to use.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024, "mma.sync"),
+    "sm_90": ("cuda", 90, 32, 227 * 1024, "wgmma"),
+    "sm_100": ("cuda", 100, 32, 227 * 1024, "tcgen05.mma"),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024, "mfma"),
+}
+
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "mfma")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compilation came to."""
+
+    target: str
+    kernel: str
+    case: str
+    dtype: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    matrix_instruction: str
+
+
+def _resource_usage(compiled: Any, backend: str) -> tuple[int, int]:
+    """Registers of a thread and bytes spilled by it, as the assembler wrote them into the binary."""
+    if backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+        assert registers and spills, "no register count in the AMD assembly"
+        return int(registers.group(1)), int(spills.group(1))
+    import triton
+
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", report.stdout + report.stderr)
+    assert found, f"no resource usage in: {report.stdout}{report.stderr}"
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _matrix_instruction(compiled: Any) -> str:
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    return next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
+
+
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: str, case: str, dtype: str
+) -> Compiled:
+    """Compile `kernel` for `target` (a key of TARGETS).
+
+    `signature` names the type of every run-time argument ("*fp16", "i32"); `constants` holds the constexpr arguments,
+    run-time arguments fixed to a value, and num_warps and num_stages. Pointers are taken as 16-byte aligned, as
+    torch's allocator makes them.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch, warp, _, _ = TARGETS[target]
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = {
+        name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*")
+    }
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+    registers, spills = _resource_usage(compiled, backend)
+    blocks = [str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if name in constants]
+    return Compiled(
+        target,
+        kernel.__name__,
+        case,
+        dtype,
+        f"{'x'.join(blocks)} w{options['num_warps']} s{options['num_stages']}",
+        registers,
+        spills,
+        compiled.metadata.shared,
+        _matrix_instruction(compiled),
+    )
+
+
+def write_table(rows: list[Compiled], file: TextIO) -> None:
+    writer = csv.DictWriter(file, [field.name for field in fields(Compiled)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    from cross_compile_cases import compile_all
+
+    write_table(compile_all(sys.argv[1:] or list(TARGETS)), sys.stdout)

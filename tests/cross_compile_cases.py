@@ -1,0 +1,103 @@
+"""Every shipped kernel with the configurations that its planner chooses for real layers, as cases to cross-compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from backstride.kernels.conv import launch
+from backstride.kernels.conv.launch import Geometry, Layout
+from backstride.kernels.conv.weight_grad import reduce_splits_kernel
+from cross_compile import TARGETS, Compiled, compile_kernel
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+POINTER = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
+
+# name, axes, batch, channels in, channels out, size in, kernel, stride, padding, dilation, groups. Channels in and out
+# are X's; `apply_transposed` runs the same layer backward. The layers are rows of research tables on U-Net, DCGAN,
+# CycleGAN, DeepLab, HiFi-GAN and nnU-Net.
+LAYERS = [
+    ("U-Net 3x3 128-64", 2, 16, 128, 64, 512, 3, 1, 1, 1, 1),
+    ("U-Net first 1-64", 2, 1, 1, 64, 572, 3, 1, 0, 1, 1),
+    ("U-Net up 2x2 1024-512", 2, 1, 512, 1024, 56, 2, 2, 0, 1, 1),
+    ("CycleGAN up 3x3 s2", 2, 8, 128, 256, 128, 3, 2, 1, 1, 1),
+    ("DCGAN up 4x4 s2", 2, 64, 64, 128, 64, 4, 2, 1, 1, 1),
+    ("ASPP 3x3 d12", 2, 8, 2048, 256, 33, 3, 1, 12, 12, 1),
+    ("FCN up 16x16 s8, 21 classes", 2, 16, 21, 21, 568, 16, 8, 0, 1, 1),
+    ("ResNeXt 3x3 g32", 2, 8, 256, 256, 33, 3, 1, 1, 1, 32),
+    ("HiFi-GAN up k16 s8", 1, 16, 256, 512, 256, 16, 8, 4, 1, 1),
+    ("nnU-Net 3-D 3x3x3", 3, 2, 64, 32, 128, 3, 1, 1, 1, 1),
+]
+LAYOUTS = ("channels_last", "contiguous")
+
+
+def _layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
+    """Layout of a dense tensor (N, C, *size), channels innermost or not."""
+    batch, channels, *size = shape
+    strides, step = [], channels if channels_last else 1
+    for length in reversed(size):
+        strides.append(step)
+        step *= length
+    channel_stride = 1 if channels_last else step
+    batch_stride = step if channels_last else step * channels
+    return Layout(shape, (batch_stride, channel_stride, *reversed(strides)))
+
+
+def plans(dtype: str, channels_last: bool) -> Iterator[tuple[str, launch.Plan]]:
+    """(layer, launch) of all three kernels over all layers."""
+    torch_dtype, tf32, sms = DTYPES[dtype], dtype == "tf32", 132
+    for name, axes, batch, c_in, c_out, size, kernel, stride, padding, dilation, groups in LAYERS:
+        out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, groups)
+        x = _layout((batch, c_in, *[size] * axes), channels_last)
+        y = _layout((batch, c_out, *[out] * axes), channels_last)
+        weight = (c_out, c_in // groups, *[kernel] * axes)
+        yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, sms)
+        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, sms)
+        yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, sms)
+
+
+def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the run-time arguments, and those that a launch would fix: unit channel strides."""
+    names = [name for name in plan.kernel.arg_names if name not in plan.constants]
+    scalars = [name for name in names if not name.endswith("_ptr") and name not in EPILOGUE]
+    values = dict(zip(scalars, plan.sizes, strict=True))
+    signature = {name: "i32" if abs(value) < 2**31 else "i64" for name, value in values.items()}
+    signature |= {name: pointer for name in names if name.endswith("_ptr")}
+    unit = {name: 1 for name in ("stride_xc", "stride_yc") if values[name] == 1}
+    return signature, unit
+
+
+EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True}
+
+
+def compile_all(targets: list[str]) -> list[Compiled]:
+    """One row for every distinct compilation, per target."""
+    rows: dict[tuple[Any, ...], Compiled] = {}
+    for target in targets:
+        assert target in TARGETS, f"unknown target {target}: one of {list(TARGETS)}"
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                for name, plan in plans(dtype, layout == "channels_last"):
+                    signature, unit = launch_signature(plan, POINTER[dtype])
+                    epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
+                    row = compile_kernel(
+                        plan.kernel,
+                        signature,
+                        plan.constants | epilogue | unit,
+                        target,
+                        f"{name}, {layout}",
+                        dtype,
+                    )
+                    rows[(target, row.kernel, row.case, dtype)] = row
+        reduce = compile_kernel(
+            reduce_splits_kernel,
+            {"partial_ptr": "*fp32", "w_ptr": "*bf16", "NUMEL": "i32", "SPLITS": "i32"},
+            {"BLOCK": launch.REDUCE_BLOCK, "num_warps": 4, "num_stages": 3},
+            target,
+            "any",
+            "bf16",
+        )
+        rows[(target, reduce.kernel, reduce.case, reduce.dtype)] = reduce
+    return list(rows.values())

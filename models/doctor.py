@@ -1,0 +1,265 @@
+"""`backstride doctor`: what this machine runs, and whether every op gives the right numbers on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from .. import fused_ops
+from ..kernels.runtime import INTERPRETED
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _conv_transpose2d_concat(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    return torch.cat([skip, F.conv_transpose2d(input, weight, bias, **options)], dim=1)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small call of one op: `fused_ops.<name>(*tensors, **options)`, and torch's own definition of it."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# One line for every op of fused_ops. Odd sizes, so that no tile fits exactly.
+EXAMPLES = (
+    Example("conv1d", F.conv1d, ((2, 5, 19), (7, 5, 3), (7,)), {"stride": 2, "padding": 1}),
+    Example("conv2d", F.conv2d, ((2, 5, 9, 11), (7, 5, 3, 3), (7,)), {"padding": 2, "dilation": 2}),
+    Example("conv3d", F.conv3d, ((1, 3, 5, 6, 7), (5, 3, 2, 3, 3), (5,)), {"padding": 1}),
+    Example("conv_transpose1d", F.conv_transpose1d, ((2, 5, 9), (5, 7, 4), (7,)), {"stride": 2, "padding": 1}),
+    Example(
+        "conv_transpose2d",
+        F.conv_transpose2d,
+        ((2, 5, 5, 6), (5, 7, 3, 3), (7,)),
+        {"stride": 2, "padding": 1, "output_padding": 1},
+    ),
+    Example("conv_transpose3d", F.conv_transpose3d, ((1, 3, 3, 4, 5), (3, 5, 2, 2, 2), (5,)), {"stride": 2}),
+    Example(
+        "conv_transpose2d_concat",
+        _conv_transpose2d_concat,
+        ((2, 6, 5, 7), (2, 3, 10, 14), (6, 3, 2, 2), (3,)),
+        {"stride": 2},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest error against fp64, relative to the largest value."""
+
+    forward: float
+    gradients: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one op did in one dtype: the path it took, and its errors beside ATen's."""
+
+    op: str
+    dtype: str
+    path: str
+    reason: str
+    ours: Errors | None
+    theirs: Errors | None
+    problem: str | None
+
+
+def _results(op: Callable[..., Tensor], tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """Output and gradients of all inputs, moved to fp64 on the CPU. The output's gradient is a fixed one."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = op(*leaves, **options)
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).cos().reshape(output.shape)
+    gradients = torch.autograd.grad(output, leaves, cotangent.to(output))
+    return [t.detach().to("cpu", torch.float64) for t in (output, *gradients)]
+
+
+def _errors(results: list[Tensor], oracle: list[Tensor]) -> Errors:
+    relative = []
+    for result, right in zip(results, oracle, strict=True):
+        if result.shape != right.shape:
+            raise ValueError(f"a result has shape {tuple(result.shape)} where ATen's has {tuple(right.shape)}")
+        relative.append(((result - right).abs().max() / right.abs().max()).item())
+    return Errors(relative[0], max(relative[1:]))
+
+
+def _judge(ours: Errors, theirs: Errors, dtype: torch.dtype, longest_sum: int) -> str | None:
+    """None if our errors are in order: at most twice ATen's, plus one rounding and that of an fp32 sum."""
+    slack = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(longest_sum)
+    for what, error, other in (
+        ("output", ours.forward, theirs.forward),
+        ("gradients", ours.gradients, theirs.gradients),
+    ):
+        if not error <= 2 * other + slack:
+            return f"{what} off by {error:.1e}, ATen's by {other:.1e}"
+    return None
+
+
+def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
+    """Run one op and its gradients beside ATen's, both against ATen in fp64 on the CPU. Never raises."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in example.shapes]
+    name, short = example.name, str(dtype).removeprefix("torch.")
+    path = reason = "unknown"
+    try:
+        op = getattr(fused_ops, name)
+        explained = fused_ops.explain(op, *tensors, **example.options)
+        path, reason = explained.name, explained.reason
+        oracle = _results(example.reference, [t.to("cpu", torch.float64) for t in tensors], example.options)
+        ours = _errors(_results(op, tensors, example.options), oracle)
+        theirs = _errors(_results(example.reference, tensors, example.options), oracle)
+    except Exception as error:
+        return Check(name, short, path, reason, None, None, f"{type(error).__name__}: {error}")
+    longest_sum = max(t.numel() for t in (*tensors, oracle[0]))
+    return Check(name, short, path, reason, ours, theirs, _judge(ours, theirs, dtype, longest_sum))
+
+
+def run_checks() -> list[Check]:
+    """Check every op in every dtype of DTYPES, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [check(example, dtype, device) for example in EXAMPLES for dtype in DTYPES]
+
+
+def run_interpreted_checks() -> list[Check]:
+    """The same checks with the kernels interpreted, in a process of its own: Triton decides that at import."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        problem = f"the process ended with status {done.returncode}: {done.stderr.strip()[-2000:]}"
+        return [Check("all ops", "", "unknown", "nothing ran", None, None, problem)]
+    rows = json.loads(done.stdout)
+    for row in rows:
+        for side in ("ours", "theirs"):
+            row[side] = row[side] and Errors(**row[side])
+    return [Check(**row) for row in rows]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str]:
+    """Versions and devices, as shown in the first table."""
+    facts = {
+        "backstride": _version("backstride"),
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "CUDA": torch.version.cuda or "none: torch is built without it",
+        "cuDNN": str(torch.backends.cudnn.version() or "none"),
+        "GPU": "none",
+        "CPU": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "not set"),
+    }
+    if torch.version.hip:
+        facts["CUDA"] = f"ROCm {torch.version.hip}"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = f"capability {properties.major}.{properties.minor}"
+        facts["GPU"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        # Both torch's convolutions and ours follow this switch; TF32 keeps ten bits, and the errors show it.
+        facts["fp32 convolution"] = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return facts
+
+
+def _machine_table() -> Table:
+    table = Table(title="This machine", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in machine().items():
+        table.add_row(name, value)
+    return table
+
+
+def _pair(ours: float | None, theirs: float | None) -> str:
+    return "" if ours is None or theirs is None else f"{ours:.0e} / {theirs:.0e}"
+
+
+def _checks_table(title: str, checks: list[Check]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("op", "dtype", "path"):
+        table.add_column(heading, vertical="bottom")
+    for heading in ("output error\nours / ATen", "gradient error\nours / ATen"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    previous = None
+    for row in checks:
+        ours, theirs = row.ours, row.theirs
+        table.add_row(
+            row.op if row.op != previous else "",
+            row.dtype,
+            row.path,
+            _pair(ours and ours.forward, theirs and theirs.forward),
+            _pair(ours and ours.gradients, theirs and theirs.gradients),
+            "[red]FAIL[/]" if row.problem else "[green]ok[/]",
+        )
+        previous = row.op
+    return table
+
+
+def _report(console: Console, title: str, checks: list[Check]) -> None:
+    console.print(_checks_table(title, checks))
+    for path, reason in dict.fromkeys((row.path, row.reason) for row in checks):
+        console.print(f"  [bold]{path}[/]: {escape(reason)}", highlight=False)
+    for row in checks:
+        if row.problem:
+            console.print(f"  [red]{row.op} {row.dtype}[/]: {escape(row.problem)}", highlight=False)
+    console.print()
+
+
+def run_doctor(console: Console | None = None) -> int:
+    """Print what this machine runs and a self-check of every op; 0 if all checks pass, else 1.
+
+    Each op runs forward and backward in fp32 and bf16 on the default device; errors are the largest deviation
+    from ATen in fp64, relative to the largest value. Without a GPU, the kernels are checked in Triton's
+    interpreter too.
+    """
+    console = console or Console()
+    console.print(_machine_table())
+    console.print()
+    with console.status("Checking every op"):
+        checks = run_checks()
+    _report(console, "Ops as called here", checks)
+    if not (torch.cuda.is_available() or INTERPRETED):
+        with console.status("Checking the kernels in Triton's interpreter"):
+            interpreted = run_interpreted_checks()
+        _report(console, "The kernels, interpreted on the CPU", interpreted)
+        checks += interpreted
+    console.print("Errors: largest deviation from ATen in fp64, relative to the largest value.", style="dim")
+    failed = [row for row in checks if row.problem]
+    if failed:
+        console.print(f"[bold red]{len(failed)} of {len(checks)} checks failed.[/]")
+        return 1
+    console.print(f"[bold green]All {len(checks)} checks passed.[/]")
+    return 0
+
+
+if __name__ == "__main__":
+    json.dump([asdict(row) for row in run_checks()], sys.stdout)

@@ -73,8 +73,7 @@ def predict_logits(network: TileNetwork, image: Tensor, tile: int = 572) -> Tens
     return logits
 
 
-def predict_probability(network: TileNetwork, image: Tensor, tile: int = 572, *, symmetries: bool = False) ->
-Tensor:
+def predict_probability(network: TileNetwork, image: Tensor, tile: int = 572, *, symmetries: bool = False) -> Tensor:
     """Class probabilities [K, H, W], float32, of an image [C, H, W] (see `predict_logits`).
 
     With `symmetries` the mean over the image's eight rotations and reflections (the paper averages seven
@@ -99,8 +98,7 @@ def read_image(path: Path, channels: int) -> Tensor:
     """
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
-        raise ValueError(f"a network with {channels} input channels takes no picture file: grey has 1, RGB has
-        3")
+        raise ValueError(f"a network with {channels} input channels takes no picture file: grey has 1, RGB has 3")
     try:
         with Image.open(path) as picture:
             if channels == 1 and picture.mode == "I;16":

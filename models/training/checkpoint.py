@@ -127,8 +127,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["backstride"])
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of backstride ({error}): train again") from
-        error
+        raise ValueError(f"{path} is damaged or no checkpoint of backstride ({error}): train again") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -73,12 +73,10 @@ def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfi
     data = FolderSegmentation(config.data)
     held_out = config.validation or tuple(range(len(data) - max(1, len(data) // 10), len(data)))
     if outside := [index for index in held_out if index not in range(len(data))]:
-        raise ValueError(f"validation image {outside[0]} does not exist: {config.data} holds 0 ... {len(data)
-        - 1}")
+        raise ValueError(f"validation image {outside[0]} does not exist: {config.data} holds 0 ... {len(data) - 1}")
     training = [index for index in range(len(data)) if index not in held_out]
     if not training:
-        raise ValueError(f"{config.data} holds {len(data)} images and all are held out: none is left to train
-        on")
+        raise ValueError(f"{config.data} holds {len(data)} images and all are held out: none is left to train on")
     config = replace(
         config,
         validation=held_out,
@@ -117,8 +115,7 @@ class SegmentationTask:
 
     def _weights(self, mask: Tensor) -> Tensor:
         c = self.config
-        return border_weight_map(mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE,
-        self.class_weights)
+        return border_weight_map(mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE, self.class_weights)
 
     def batch(self, step: int) -> Batch:
         """(images [N, C, tile, tile], targets [N, s, s], weights [N, s, s]) with s the network's output

@@ -85,8 +85,7 @@ def train(
     else:
         if (folder / LAST).exists():
             done = read_metadata(folder / LAST)["step"]
-            raise ValueError(f"{folder} already holds a run ({done} steps done): resume it, or name another
-            folder")
+            raise ValueError(f"{folder} already holds a run ({done} steps done): resume it, or name another folder")
         config.write(folder)
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]

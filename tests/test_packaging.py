@@ -1,6 +1,7 @@
 """What is installed: one import name, every package, nothing of the tests; and which way imports point."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,19 @@ def test_lives_beside_the_pypi_package_kernels(wheel, tmp_path):
     ours = tmp_path / "backstride" / "kernels" / "__init__.py"
     printed = run(sys.executable, "-c", code, cwd=tmp_path).splitlines()
     assert printed == [str(tmp_path / "kernels" / "__init__.py"), str(ours), str(ours)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text())
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_readme_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
 
 
 def imported_modules(path: Path, source: str) -> Iterator[tuple[int, str]]:

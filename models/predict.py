@@ -106,7 +106,7 @@ def read_image(path: Path, channels: int) -> Tensor:
             else:
                 pixels = np.asarray(picture.convert(modes[channels])) / np.float32(255)
     except OSError as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from error
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous()
 
 

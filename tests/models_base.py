@@ -1,0 +1,136 @@
+"""What the tests of every segmentation network check; test_unet.py shows how to inherit it."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backstride.models.training.checkpoint import load_weights, save_weights
+from torch import Tensor, nn
+
+
+def without_interpreter() -> dict[str, str]:
+    """Environment for a process in which CPU tensors take the fast path."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+class NetworkTests:
+    """Subclass as `class TestX(NetworkTests)` and set the class variables.
+
+    ops="fused" runs here as it does on this machine: interpreted kernels where there is no GPU, which are slow.
+    So `tiny` should be the smallest network that has every kind of layer.
+    """
+
+    network: ClassVar[type[nn.Module]]
+    parameters: ClassVar[dict[tuple[int, int], int]]
+    """(in_channels, num_classes) -> number of parameters of the published network"""
+    published: ClassVar[dict[str, Any]] = {}
+    """keyword arguments of the network that `layer_table` describes"""
+    published_input: ClassVar[tuple[int, ...]]
+    layer_table: ClassVar[list[tuple[str, tuple[int, ...]]]]
+    """modules of the published network in the order of their calls, with the shape of their output"""
+    tiny: ClassVar[dict[str, Any]]
+    """keyword arguments of the constructor"""
+    tiny_sizes: ClassVar[dict[tuple[int, int], tuple[int, int]]]
+    """height and width that the tiny network takes -> those of its output; the smallest first"""
+
+    def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return self.network(1, 2, ops=ops, **(self.tiny | kwargs))
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """A fused and a torch network with the same fp64 weights, biases that are not zero included."""
+        fused, torch_ = self.build("fused").double(), self.build("torch").double()
+        for parameter in fused.parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, std=0.1)
+        torch_.load_state_dict(fused.state_dict())
+        return fused, torch_
+
+    def sample(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(1, 1, *next(iter(self.tiny_sizes)), generator=generator, dtype=torch.float64).to(dtype)
+
+    def test_parameter_count(self):
+        for channels, count in self.parameters.items():
+            with torch.device("meta"):
+                network = self.network(*channels)
+            assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+    def test_layer_table(self):
+        seen: list[tuple[str, tuple[int, ...]]] = []
+        with torch.device("meta"):
+            network = self.network(self.published_input[1], 2, ops="torch", **self.published).eval()
+            names = {module: name for name, module in network.named_modules()}
+            wanted = {name for name, _ in self.layer_table}
+            for module, name in names.items():
+                if name in wanted:
+                    module.register_forward_hook(
+                        lambda module, _, output: seen.append((names[module], tuple(output.shape)))
+                    )
+            network(torch.empty(self.published_input))
+        assert seen == self.layer_table
+
+    def test_any_size(self):
+        network = self.build("torch").eval()
+        for size, output_size in self.tiny_sizes.items():
+            assert network(torch.zeros(2, 1, *size)).shape == (2, 2, *output_size)
+
+    def test_unknown_ops(self):
+        with pytest.raises(ValueError, match=r'ops=\'cudnn\' .*"fused" .* "torch"'):
+            self.build("cudnn")
+
+    def test_one_state_dict_for_both_ops(self):
+        fused, torch_ = self.build("fused"), self.build("torch")
+        fused.load_state_dict(torch_.state_dict(), strict=True)
+        torch_.load_state_dict(fused.state_dict(), strict=True)
+
+    def test_same_outputs_and_gradients(self):
+        results = []
+        for network in self.pair():
+            x = self.sample().requires_grad_()
+            output = network.eval()(x)
+            output.square().sum().backward()
+            results.append([output, x.grad, *(parameter.grad for parameter in network.parameters())])
+        for ours, theirs in zip(*results, strict=True):
+            assert theirs.abs().max() > 0
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * theirs.abs().max().item())
+
+    def test_same_losses_over_ten_training_steps(self):
+        fused, torch_ = (self._train(network, 10) for network in self.pair())
+        assert fused[-1] < 0.9 * fused[0]
+        assert fused == pytest.approx(torch_, rel=1e-9)
+
+    def _train(self, network: nn.Module, steps: int) -> list[float]:
+        optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+        x = self.sample()
+        target = torch.arange(next(iter(self.tiny_sizes.values()))[1]) % 2
+        losses = []
+        for _ in range(steps):
+            logits = network.train()(x)
+            loss = F.cross_entropy(logits, target.expand(1, *logits.shape[2:]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def test_save_and_load(self, tmp_path: Path):
+        network, other = self.build("torch"), self.build("torch")
+        for parameter in other.parameters():
+            nn.init.zeros_(parameter)
+        save_weights(network, tmp_path / "weights.safetensors", {"step": 3})
+        assert load_weights(other, tmp_path / "weights.safetensors") == {"step": 3}
+        x = self.sample(torch.float32)
+        assert torch.equal(network.eval()(x), other.eval()(x))
+
+    def test_copies_are_independent(self):
+        network = self.build("torch").eval()
+        twin, x = copy.deepcopy(network), self.sample(torch.float32)
+        before = network(x)
+        for parameter in twin.parameters():
+            nn.init.zeros_(parameter)
+        assert torch.equal(network(x), before) and not torch.equal(twin(x), before)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,18 +10,27 @@ import triton
 # Triton decides between compiling and interpreting when it is imported, so this can't change afterwards.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Multiprocessors that a launch is planned for where there is no GPU to ask: an H200's.
-DEFAULT_MULTIPROCESSORS = 132
+
+class Device(NamedTuple):
+    """What launch configurations depend on."""
+
+    multiprocessors: int  # SMs, or CUs
+    shared_memory: int  # bytes that one program can have
+
+
+# What a launch is planned for where there is no GPU to ask.
+H200 = Device(multiprocessors=132, shared_memory=227 * 1024)
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    shared = properties.shared_memory_per_block if torch.version.hip else properties.shared_memory_per_block_optin
+    return Device(properties.multi_processor_count, shared)
 
 
-def multiprocessors(tensor: torch.Tensor) -> int:
-    """Number of multiprocessors (SMs, CUs) of the tensor's device."""
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else DEFAULT_MULTIPROCESSORS
+def device_of(tensor: torch.Tensor) -> Device:
+    return _device(tensor.device.index) if tensor.is_cuda else H200
 
 
 def device_guard(tensor: torch.Tensor):

@@ -14,15 +14,24 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-# Shared memory that one program can have, in bytes (CUDA C++ programming guide, table of compute capabilities; LDS of
-# CDNA3), and the mnemonic of the matrix instruction that a 16-bit product has to use.
+
+class Target(NamedTuple):
+    """A GPU to compile for."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int  # bytes that one program can have (CUDA programming guide, compute capabilities; CDNA3's LDS)
+    matrix_instruction: str  # what a 16-bit product of full tiles has to use
+
+
 TARGETS = {
-    "sm_80": ("cuda", 80, 32, 163 * 1024, "mma.sync"),
-    "sm_90": ("cuda", 90, 32, 227 * 1024, "wgmma"),
-    "sm_100": ("cuda", 100, 32, 227 * 1024, "tcgen05.mma"),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024, "mfma"),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, "mma.sync"),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, "wgmma"),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, "tcgen05.mma"),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "mfma"),
 }
 
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "mfma")
@@ -82,12 +91,10 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, arch, warp, _, _ = TARGETS[target]
+    backend, arch, warp, *_ = TARGETS[target]
     constants = dict(constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    types = {
-        name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names
-    }
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)

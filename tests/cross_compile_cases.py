@@ -9,25 +9,25 @@ import torch
 from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
+from backstride.kernels.runtime import Device
 from cross_compile import TARGETS, Compiled, compile_kernel
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-POINTER = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
+# fp16 compiles to the same code as bf16 but for the instructions' types.
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 
-# name, axes, batch, channels in, channels out, size in, kernel, stride, padding, dilation, groups. Channels in and out
-# are X's; `apply_transposed` runs the same layer backward. The layers are rows of research tables on U-Net, DCGAN,
-# CycleGAN, DeepLab, HiFi-GAN and nnU-Net.
+# name, layouts, axes, batch, channels in, channels out, size in, kernel, stride, padding, dilation, groups. Channels in
+# and out are X's: `apply_transposed` runs the same layer backward.
 LAYERS = [
-    ("U-Net 3x3 128-64", 2, 16, 128, 64, 512, 3, 1, 1, 1, 1),
-    ("U-Net first 1-64", 2, 1, 1, 64, 572, 3, 1, 0, 1, 1),
-    ("U-Net up 2x2 1024-512", 2, 1, 512, 1024, 56, 2, 2, 0, 1, 1),
-    ("CycleGAN up 3x3 s2", 2, 8, 128, 256, 128, 3, 2, 1, 1, 1),
-    ("DCGAN up 4x4 s2", 2, 64, 64, 128, 64, 4, 2, 1, 1, 1),
-    ("ASPP 3x3 d12", 2, 8, 2048, 256, 33, 3, 1, 12, 12, 1),
-    ("FCN up 16x16 s8, 21 classes", 2, 16, 21, 21, 568, 16, 8, 0, 1, 1),
-    ("ResNeXt 3x3 g32", 2, 8, 256, 256, 33, 3, 1, 1, 1, 32),
-    ("HiFi-GAN up k16 s8", 1, 16, 256, 512, 256, 16, 8, 4, 1, 1),
-    ("nnU-Net 3-D 3x3x3", 3, 2, 64, 32, 128, 3, 1, 1, 1, 1),
+    ("U-Net 3x3 128-64", "both", 2, 16, 128, 64, 512, 3, 1, 1, 1, 1),
+    ("U-Net first 1-64", "both", 2, 1, 1, 64, 572, 3, 1, 0, 1, 1),
+    ("U-Net up 2x2 1024-512", "both", 2, 1, 512, 1024, 56, 2, 2, 0, 1, 1),
+    ("CycleGAN up 3x3 s2", "channels_last", 2, 8, 128, 256, 128, 3, 2, 1, 1, 1),
+    ("ASPP 3x3 d12", "channels_last", 2, 8, 2048, 256, 33, 3, 1, 12, 12, 1),
+    ("FCN up 16x16 s8, 21 classes", "channels_last", 2, 16, 21, 21, 568, 16, 8, 0, 1, 1),
+    ("ResNeXt 3x3 g32", "channels_last", 2, 8, 256, 256, 33, 3, 1, 1, 1, 32),
+    ("HiFi-GAN up k16 s8", "contiguous", 1, 16, 256, 512, 256, 16, 8, 4, 1, 1),
+    ("nnU-Net 3-D 3x3x3", "both", 3, 2, 64, 32, 128, 3, 1, 1, 1, 1),
 ]
 LAYOUTS = ("channels_last", "contiguous")
 
@@ -44,18 +44,20 @@ def _layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
     return Layout(shape, (batch_stride, channel_stride, *reversed(strides)))
 
 
-def plans(dtype: str, channels_last: bool) -> Iterator[tuple[str, launch.Plan]]:
+def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str, launch.Plan]]:
     """(layer, launch) of all three kernels over all layers."""
-    torch_dtype, tf32, sms = DTYPES[dtype], dtype == "tf32", 132
-    for name, axes, batch, c_in, c_out, size, kernel, stride, padding, dilation, groups in LAYERS:
+    torch_dtype, tf32 = DTYPES[dtype], dtype == "tf32"
+    for name, layouts, axes, batch, c_in, c_out, size, kernel, stride, padding, dilation, groups in LAYERS:
+        if layouts not in ("both", "channels_last" if channels_last else "contiguous"):
+            continue
         out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, groups)
         x = _layout((batch, c_in, *[size] * axes), channels_last)
         y = _layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
-        yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, sms)
-        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, sms)
-        yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, sms)
+        yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
+        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
+        yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, device)
 
 
 def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -76,10 +78,10 @@ def compile_all(targets: list[str]) -> list[Compiled]:
     """One row for every distinct compilation, per target."""
     rows: dict[tuple[Any, ...], Compiled] = {}
     for target in targets:
-        assert target in TARGETS, f"unknown target {target}: one of {list(TARGETS)}"
+        shared_memory = TARGETS[target].shared_memory
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                for name, plan in plans(dtype, layout == "channels_last"):
+                for name, plan in plans(dtype, layout == "channels_last", Device(132, shared_memory)):
                     signature, unit = launch_signature(plan, POINTER[dtype])
                     epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
                     row = compile_kernel(

@@ -7,6 +7,8 @@ and that compile without spills for every target: see the cross-compilation tabl
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..runtime import Device
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -25,29 +27,37 @@ def _block(size: int, smallest: int, largest: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_config(m: int, n: int, k: int, itemsize: int, tensor_cores: bool, sms: int) -> ConvConfig:
-    """Tile for a product of m × k by k × n, of `itemsize` bytes an element, on `sms` multiprocessors.
+def choose_config(
+    m: int, n: int, k: int, itemsize: int, tensor_cores: bool, wide: bool, device: Device, parts: int = 1
+) -> ConvConfig:
+    """Tile for `parts` products in one launch, each of m × k by k × n, of `itemsize` bytes an element.
 
     `tensor_cores` is False for IEEE fp32 and fp64, which multiply on the plain units from registers and so want
-    small tiles.
+    small tiles. `wide` is False where the tensors' channels can't be read and written several at once (NCHW, odd
+    channel counts): then every element has an address of its own in registers, and a large tile spills.
     """
     if not tensor_cores:
-        return ConvConfig(_block(m, 16, 64), _block(n, 16, 64), 16, 4, 3)
+        largest = 64 if wide else 32
+        return ConvConfig(_block(m, 16, largest), _block(n, 16, largest), 16, 4, 3)
+    if not wide:
+        return ConvConfig(_block(m, 16, 64), _block(n, 16, 32), _block(k, 16, 32), 8, 3)
     block_k = _block(k, 16, 128 // itemsize)
     block_n = _block(n, 16, 128)
     block_m = _block(m, 16, 128)
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
-    while block_m > 64 and -(-m // block_m) * -(-n // block_n) < sms:
+    while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:
         block_m //= 2
     num_warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return ConvConfig(block_m, block_n, block_k, num_warps, 4 if itemsize == 2 else 3)
+    stage = (block_m + block_n) * block_k * itemsize
+    num_stages = min(4 if itemsize == 2 else 3, device.shared_memory // stage)
+    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
-def choose_splits(tiles: int, steps: int, elements: int, sms: int) -> int:
+def choose_splits(tiles: int, steps: int, elements: int, device: Device) -> int:
     """Into how many parts the weight gradient's sum over pixels is cut.
 
     About three waves of programs over the multiprocessors, at least eight steps a part (below that the partial
     results cost more than they spread), and at most 256 MiB of fp32 partial results.
     """
-    splits = min(-(-3 * sms // tiles), steps // 8, (256 << 20) // (4 * elements))
+    splits = min(-(-3 * device.multiprocessors // tiles), steps // 8, (256 << 20) // (4 * elements))
     return max(splits, 1)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, device_guard, multiprocessors
+from ..runtime import INTERPRETED, Device, device_guard, device_of
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from .config import ConvConfig, choose_config, choose_splits
@@ -76,6 +76,11 @@ def _vector(strides: tuple[int, ...]) -> int:
     return _power_of_two_divisor(n, *spatial) if c == 1 else 1
 
 
+def _is_wide(sx: tuple[int, ...], sy: tuple[int, ...], *channels: int) -> bool:
+    """Whether all loads and stores move at least four neighbouring channels."""
+    return min(_vector(sx), _vector(sy), _power_of_two_divisor(*channels)) >= 4
+
+
 def _dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -119,15 +124,18 @@ def plan_apply(
     geometry: Geometry,
     dtype: torch.dtype,
     tf32: bool,
-    sms: int,
+    device: Device,
 ) -> Plan:
     """Launch of y = X x, for a weight of shape (A total, B, *kernel)."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    config = choose_config(pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), sms)
     sx, sy = _strides(x), _strides(y)
+    wide = not flatten and _is_wide(sx, sy, a, b)
+    config = choose_config(
+        pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), wide, device
+    )
     constants = _geometry_constants(kernel, geometry) | {
         "NDIM": len(kernel),
         "IN_VEC": _power_of_two_divisor(b),
@@ -151,7 +159,7 @@ def plan_apply_transposed(
     geometry: Geometry,
     dtype: torch.dtype,
     tf32: bool,
-    sms: int,
+    device: Device,
 ) -> Plan:
     """Launch of y = X^T x, for a weight of shape (A total, B, *kernel): scattered where the stride is the kernel's
     size and every output pixel is reached, else by residue phases."""
@@ -194,7 +202,8 @@ def plan_apply_transposed(
         launched, phases = conv_apply_transposed_kernel, math.prod(geometry.stride)
         for axis in "DHW":
             constants[f"G{axis}"] = math.gcd(constants[f"S{axis}"], constants[f"D{axis}"])
-    config = choose_config(rows, columns, a, dtype.itemsize, tensor_cores, max(sms // phases, 1))
+    wide = _is_wide(sx, sy, a, b)
+    config = choose_config(rows, columns, a, dtype.itemsize, tensor_cores, wide, device, phases)
     constants["INDEX"] = _index_dtype(rows)
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], sx, sy)
@@ -211,19 +220,29 @@ def plan_weight_grad(
     geometry: Geometry,
     dtype: torch.dtype,
     tf32: bool,
-    sms: int,
+    device: Device,
 ) -> Plan:
     """Launch of the weight gradient; the grid's second axis counts the partial results."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    config = choose_config(a, taps * b if flatten else b, pixels, dtype.itemsize, _uses_tensor_cores(dtype, tf32), 1)
+    sx, sy = _strides(x), _strides(y)
+    wide = not flatten and _is_wide(sx, sy, a, b)
+    config = choose_config(
+        a,
+        taps * b if flatten else b,
+        pixels,
+        dtype.itemsize,
+        _uses_tensor_cores(dtype, tf32),
+        wide,
+        device,
+        parts=device.multiprocessors,
+    )
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
-    split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), sms))
-    sx, sy = _strides(x), _strides(y)
+    split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
     constants = _geometry_constants(kernel, geometry) | {
         "NDIM": len(kernel),
         "IN_VEC": _power_of_two_divisor(b),
@@ -303,7 +322,7 @@ def apply(
     """
     if y.numel() == 0:
         return
-    plan = plan_apply(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, multiprocessors(x))
+    plan = plan_apply(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
     _launch_forward(plan, x, weight, bias, residual, y, relu)
 
 
@@ -325,9 +344,7 @@ def apply_transposed(
     """
     if y.numel() == 0:
         return
-    plan = plan_apply_transposed(
-        layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, multiprocessors(x)
-    )
+    plan = plan_apply_transposed(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
     _launch_forward(plan, x, weight, bias, residual, y, relu)
 
 
@@ -350,7 +367,7 @@ def weight_grad(
         geometry,
         x.dtype,
         tf32,
-        multiprocessors(x),
+        device_of(x),
     )
     splits = plan.grid[1]
     with device_guard(x):

@@ -1,0 +1,79 @@
+"""Every shipped kernel compiles for every target without a GPU: it fits, spills nothing, and uses the matrix units.
+
+The figures are kept in bench/results, one table for each Triton version, so that a change shows in review. After an
+intended change write the table anew: `TRITON_INTERPRET=0 python tests/cross_compile.py > bench/results/<name>`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from cross_compile import MATRIX_INSTRUCTIONS, TARGETS, read_table
+
+TESTS = Path(__file__).parent
+TABLE = TESTS.parent / "bench" / "results" / f"cross_compile_triton-{triton.__version__}.csv"
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def compiled(request, tmp_path_factory):
+    """(target, rows) of a fresh compilation of everything for one target."""
+    target = request.param
+    # A process of its own, because this one may interpret; a cache of its own, so that everything is compiled.
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    run = subprocess.run(
+        [sys.executable, str(TESTS / "cross_compile.py"), target], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    path.write_text(run.stdout)
+    return TARGETS[target], target, read_table(path)
+
+
+def test_every_kernel_is_compiled(compiled):
+    names = {row["kernel"] for row in compiled[2]}
+    assert names == {
+        "conv_apply_kernel",
+        "conv_apply_transposed_kernel",
+        "conv_scatter_kernel",
+        "conv_weight_grad_kernel",
+        "reduce_splits_kernel",
+    }
+
+
+def test_nothing_spills(compiled):
+    spilled = [(row["kernel"], row["case"], row["dtype"], row["spills"]) for row in compiled[2] if row["spills"] != "0"]
+    assert not spilled
+
+
+def test_shared_memory_fits(compiled):
+    target, _, rows = compiled
+    large = [(row["kernel"], row["case"], row["shared"]) for row in rows if int(row["shared"]) > target.shared_memory]
+    assert not large
+
+
+def test_products_run_on_the_matrix_units(compiled):
+    """Wide bf16 tiles use the target's own instruction, every other 16-bit or TF32 product some matrix instruction."""
+    target, _, rows = compiled
+    for row in rows:
+        if row["kernel"] == "reduce_splits_kernel" or row["dtype"] == "fp32":
+            continue
+        block_m, block_n, block_k = map(int, row["tile"].split()[0].split("x"))
+        if row["dtype"] == "bf16" and min(block_m, block_n) >= 64 and block_k >= 32:
+            assert row["matrix_instruction"] == target.matrix_instruction, row
+        assert row["matrix_instruction"] in MATRIX_INSTRUCTIONS, row
+
+
+def test_figures_are_the_committed_ones(compiled):
+    _, target, rows = compiled
+    if not TABLE.exists():
+        pytest.skip(f"no committed table for triton {triton.__version__}")
+    committed = [row for row in read_table(TABLE) if row["target"] == target]
+    assert rows == committed, f"the compiler's figures changed: review, then write {TABLE.name} anew"

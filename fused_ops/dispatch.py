@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..kernels.runtime import INTERPRETED
 
@@ -46,14 +47,16 @@ def kernel_path(tensor: torch.Tensor) -> Path:
     return Path(ATEN, f"no kernel for {dtype}")
 
 
-def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on: as torch, all floating ones but fp64."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def autocast(tensor: T, device_type: str) -> T:
+    """The tensor in autocast's dtype where autocast is on: as torch, any floating one but fp64."""
+    if tensor is None or not torch.is_autocast_enabled(device_type):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
 
 
 _PLANNERS: dict[Callable[..., Any], Callable[..., Path]] = {}

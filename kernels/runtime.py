@@ -5,10 +5,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
+from triton import knobs
 
 # Triton decides between compiling and interpreting when it is imported, so this can't change afterwards.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 
 
 class Device(NamedTuple):

@@ -21,3 +21,18 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip("no data sets: BACKSTRIDE_DATA is not set and ../shared/data does not exist")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip with a reason where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton supports"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test with a device runs interpreted on the CPU, and on the GPU with `-m gpu`."""
+    return request.param

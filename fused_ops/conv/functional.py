@@ -39,10 +39,9 @@ def _require(condition: Any) -> None:
 def _per_axis(value: Any, axes: int, smallest: int) -> list[int]:
     """`value` for each axis: from an int, or a sequence of one or `axes` ints, none below `smallest`."""
     if isinstance(value, int | torch.SymInt):
-        values = [value] * axes
-    else:
-        _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, axes))
-        values = list(value) if len(value) == axes else list(value) * axes
+        value = [value]
+    _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, axes))
+    values: list[Any] = list(value) if len(value) == axes else list(value) * axes
     _require(min(values) >= smallest)
     return values
 
@@ -130,7 +129,7 @@ def _check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) 
 
 def _finish_aten(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
     if residual is not None:
-        (residual,) = autocast(y.device.type, residual)
+        residual = autocast(residual, y.device.type)
         _check_residual(residual, y.shape, y.dtype)
         y = y + residual
     return F.relu(y) if relu else y
@@ -145,7 +144,9 @@ def _run(
     relu: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    x, weight, bias, residual = autocast(call.x.device.type, call.x, weight, bias, residual)
+    device = call.x.device.type
+    x, weight = autocast(call.x, device), autocast(weight, device)
+    bias, residual = autocast(bias, device), autocast(residual, device)
     if residual is not None:
         batch = (x.shape[0],) if call.batched else ()
         _check_residual(residual, (*batch, channels, *call.output_size), x.dtype)
@@ -364,10 +365,12 @@ def conv_transpose2d_concat(
     call, _ = _plan(_bind_transposed, 2, *arguments)
     if call is None:
         up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
-        (skip,) = autocast(up.device.type, skip)
+        skip = autocast(skip, up.device.type)
         _check_skip(skip, (*up.shape[:-3], *up.shape[-2:]), up.dtype)
         return torch.cat([skip, up], dim=-3)
-    x, skip, weight, bias = autocast(call.x.device.type, call.x, skip, weight, bias)
+    device = call.x.device.type
+    x, skip = autocast(call.x, device), autocast(skip, device)
+    weight, bias = autocast(weight, device), autocast(bias, device)
     batch = (x.shape[0],) if call.batched else ()
     _check_skip(skip, (*batch, *call.output_size), x.dtype)
     skip = skip if call.batched else skip.unsqueeze(0)

@@ -72,7 +72,9 @@ def _same_strides(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _tf32(x: Tensor) -> bool:
     """Whether torch's own convolution would round fp32 operands to TF32 here."""
-    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return False
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -315,7 +317,8 @@ class _Conv(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         x, weight, y = ctx.saved_tensors
         _, dx, dweight, dbias, dresidual, *_ = tangents
-        return _through_relu(_sum([_tangent(ctx, x, weight, dx, dweight, dbias), dresidual]), y)
+        tangent = _sum([_tangent(ctx, x, weight, dx, dweight, dbias), dresidual])
+        return None if tangent is None else _through_relu(tangent, y)
 
 
 class _ConvTransposeConcat(torch.autograd.Function):

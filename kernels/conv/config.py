@@ -32,15 +32,18 @@ def choose_config(
 ) -> ConvConfig:
     """Tile for `parts` products in one launch, each of m × k by k × n, of `itemsize` bytes an element.
 
-    `tensor_cores` is False for IEEE fp32 and fp64, which multiply on the plain units from registers and so want
+    `tensor_cores` is False for IEEE fp32, which multiplies on the plain units from registers and so wants
     small tiles. `wide` is False where the tensors' channels can't be read and written several at once (NCHW, odd
     channel counts): then every element has an address of its own in registers, and a large tile spills.
     """
+    if itemsize == 8:
+        # Only the interpreter runs fp64, and its time goes by steps, not by their size.
+        return ConvConfig(_block(m, 16, 128), _block(n, 16, 128), _block(k, 16, 128), 4, 1)
     if not tensor_cores:
         largest = 64 if wide else 32
         return ConvConfig(_block(m, 16, largest), _block(n, 16, largest), 16, 4, 3)
     if not wide:
-        return ConvConfig(_block(m, 16, 64), _block(n, 16, 32), _block(k, 16, 32), 8, 3)
+        return ConvConfig(_block(m, 16, 64), _block(n, 16, 32), _block(k, 16, 16), 8, 3)
     block_k = _block(k, 16, 128 // itemsize)
     block_n = _block(n, 16, 128)
     block_m = _block(m, 16, 128)

@@ -1,0 +1,47 @@
+"""Compiled against eager: run by test_conv.py in processes of its own, interpreted and not."""
+
+import backstride.fused_ops as fused
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """One of each: convolution with ReLU, transposed convolution, concat, "same" padding with an even kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = fused.Conv2d(3, 8, 3, stride=2, padding=1, activation="relu")
+        self.same = fused.Conv2d(8, 8, 2, padding="same")
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.out = fused.ConvTranspose2d(7, 2, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x):
+        deep = self.same(self.down(x))
+        return self.out(fused.conv_transpose2d_concat(deep, x, self.up.weight, self.up.bias, stride=2))
+
+
+def check(backend, dynamic, sizes):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=backend)
+    for size in sizes:
+        x = torch.randn(2, 3, size, size, requires_grad=True)
+        results = []
+        for function in (net, compiled):
+            y = function(x)
+            grads = torch.autograd.grad(y.square().mean(), [x, *net.parameters()])
+            results.append([y, *grads])
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    check("aot_eager", False, [8])
+    check("aot_eager", True, [8, 12])
+    check("inductor", False, [8])
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(1, 3, 8, 8)
+        net = fused.Conv2d(3, 4, 3)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        assert compiled(x).dtype == net(x).dtype == torch.bfloat16

@@ -119,9 +119,10 @@ def train(
                 if metrics[task.score] >= max(metric for _, metric in history[task.score]):
                     save_weights(network, folder / BEST, {"step": step, "metrics": metrics})
                 task.draw(folder / "samples" / f"step-{step:06d}.png")
-                save_checkpoint(folder / LAST, network, optimizer, scaler, step, history)
                 write_json(history, folder / "history.json")
                 loss_curve({name: history[name] for name in ("train", "validation")}, folder / "loss.png")
+                # Last of all: a run that is killed before this does the rest of the checkpoint again.
+                save_checkpoint(folder / LAST, network, optimizer, scaler, step, history)
     return history
 
 

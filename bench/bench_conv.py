@@ -1,0 +1,202 @@
+"""Convolutions and transposed convolutions of published networks, in all three directions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import fused_ops
+from ..fused_ops.conv import ops
+from .case import Call, Case
+
+CONCAT = "conv_transpose2d_concat"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer; geometry is the same along every axis. `skip`: channels of what the output is concatenated to."""
+
+    name: str
+    batch: int
+    channels: int
+    out_channels: int
+    size: tuple[int, ...]
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    output_padding: int = 0
+    transposed: bool = False
+    skip: int = 0
+    quick: bool = False  # also timed under --quick
+
+    @property
+    def op(self) -> str:
+        return CONCAT if self.skip else f"conv{'_transpose' if self.transposed else ''}{len(self.size)}d"
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        span = self.dilation * (self.kernel - 1) + 1
+        if self.transposed:
+            extra = span + self.output_padding - 2 * self.padding
+            return tuple((i - 1) * self.stride + extra for i in self.size)
+        return tuple((i + 2 * self.padding - span) // self.stride + 1 for i in self.size)
+
+    @property
+    def x(self) -> tuple[int, ...]:
+        return (self.batch, self.channels, *self.size)
+
+    @property
+    def y(self) -> tuple[int, ...]:
+        return (self.batch, self.out_channels, *self.out_size)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        a, b = (self.channels, self.out_channels) if self.transposed else (self.out_channels, self.channels)
+        return (a, b // self.groups, *[self.kernel] * len(self.size))
+
+    def tiny(self) -> Layer:
+        """The same geometry on few pixels and channels, for the interpreter."""
+        groups = min(self.groups, 3)
+        channels, out_channels = (groups if self.groups > 1 else min(c, 5) for c in (self.channels, self.out_channels))
+        least = 2 if self.transposed else max(3, self.dilation * (self.kernel - 1) + 2 - 2 * self.padding)
+        size = tuple(min(i, least) for i in self.size)
+        skip = min(self.skip, 3)
+        return replace(self, batch=1, channels=channels, out_channels=out_channels, size=size, groups=groups, skip=skip)
+
+
+Up = partial(Layer, transposed=True)
+
+# Sizes as in the papers or the networks' code; 513-pixel crops for the ASPP rows (33: output stride 16, 65: 8).
+LAYERS = [
+    Layer("FCN fc6", 1, 512, 4096, (22, 22), 7, quick=True),
+    Up("FCN upscore2", 1, 21, 21, (16, 16), 4, 2),
+    Up("FCN-8s upscore8, batch 16", 16, 21, 21, (70, 70), 16, 8, quick=True),
+    Up("FCN-32s upscore32", 1, 21, 21, (16, 16), 64, 32),
+    Up("bilinear x2, depthwise", 16, 256, 256, (64, 64), 4, 2, 1, groups=256),
+    Up("U-Net up 1024, valid", 1, 1024, 512, (28, 28), 2, 2, quick=True),
+    Up("U-Net up 128, valid", 1, 128, 64, (196, 196), 2, 2),
+    Up("U-Net up 1024, batch 16", 16, 1024, 512, (32, 32), 2, 2),
+    Up("U-Net up 128, batch 16", 16, 128, 64, (256, 256), 2, 2, quick=True),
+    Layer("U-Net decoder 1024, valid", 1, 1024, 512, (56, 56), 3),
+    Layer("U-Net encoder 64, valid", 1, 64, 64, (570, 570), 3, quick=True),
+    Layer("U-Net decoder 128, batch 16", 16, 128, 64, (512, 512), 3, 1, 1),
+    Up("U-Net up 1024 + skip, batch 16", 16, 1024, 512, (32, 32), 2, 2, skip=512),
+    Up("U-Net up 128 + skip, valid", 1, 128, 64, (196, 196), 2, 2, skip=64),
+    Up("U-Net up 128 + skip, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, quick=True),
+    Up("k3 s2 up 512", 1, 512, 256, (128, 128), 3, 2, 1, output_padding=1),
+    Up("DCGAN 512", 64, 512, 256, (8, 8), 4, 2, 1, quick=True),
+    Up("DCGAN 128", 64, 128, 64, (32, 32), 4, 2, 1),
+    Up("CycleGAN up 256", 8, 256, 128, (64, 64), 3, 2, 1, output_padding=1, quick=True),
+    Layer("DilatedNet conv5", 1, 512, 512, (66, 66), 3, 1, 2, 2),
+    Layer("DilatedNet fc6", 1, 512, 4096, (90, 90), 7, 1, 0, 4),
+    Layer("DilatedNet context, 21 channels", 1, 21, 21, (96, 96), 3, 1, 16, 16),
+    Layer("DilatedNet context, large", 1, 168, 336, (96, 96), 3, 1, 16, 16),
+    Layer("DeepLab-LargeFOV fc6", 8, 512, 1024, (41, 41), 3, 1, 12, 12),
+    Layer("DeepLabv2 ASPP d24", 8, 2048, 21, (41, 41), 3, 1, 24, 24),
+    Layer("DeepLabv3 ASPP d12", 8, 2048, 256, (33, 33), 3, 1, 12, 12, quick=True),
+    Layer("DeepLabv3 ASPP d36", 8, 2048, 256, (65, 65), 3, 1, 36, 36),
+    Layer("DeepLabv3+ ASPP d12, depthwise", 8, 2048, 2048, (33, 33), 3, 1, 12, 12, groups=2048),
+    Layer("DeepLabv3+ decoder 1x1", 8, 304, 256, (129, 129), 1),
+    Layer("PSPNet head", 8, 4096, 512, (60, 60), 3, 1, 1),
+    Layer("ICNet sub1, stride 2", 1, 3, 32, (1024, 2048), 3, 2, 1),
+    Up("HiFi-GAN up 512", 16, 512, 256, (32,), 16, 8, 4, quick=True),
+    Up("HiFi-GAN up 64", 16, 64, 32, (4096,), 4, 2, 1),
+    Layer("HiFi-GAN residual k11 d5", 16, 64, 64, (8192,), 11, 1, 25, 5, quick=True),
+    Up("nnU-Net up 320", 2, 320, 256, (8, 8, 8), 2, 2),
+    Up("nnU-Net up 128", 2, 128, 64, (32, 32, 32), 2, 2, quick=True),
+    Layer("nnU-Net decoder 64", 2, 64, 32, (128, 128, 128), 3, 1, 1),
+]
+
+
+def flop(layer: Layer) -> int:
+    """2 x multiply-adds, alike in all directions: each weight element meets each pixel of the narrow side once."""
+    return 2 * layer.batch * math.prod(layer.size if layer.transposed else layer.out_size) * math.prod(layer.weight)
+
+
+def byte_count(layer: Layer, dtype: torch.dtype) -> int:
+    """Input, weight and output once each; a skip connection is read and written."""
+    skip = 2 * layer.batch * layer.skip * math.prod(layer.out_size)
+    return dtype.itemsize * (math.prod(layer.x) + math.prod(layer.weight) + math.prod(layer.y) + skip)
+
+
+def reduction(layer: Layer, direction: str) -> int:
+    """Terms in one sum: a pixel of the wide side is reached by every stride-th tap only."""
+    if direction == "weight gradient":
+        return layer.batch * math.prod(layer.size if layer.transposed else layer.out_size)
+    spread = layer.transposed == (direction == "forward")
+    taps = math.ceil(layer.kernel / layer.stride) if spread else layer.kernel
+    channels = layer.channels if direction == "forward" else layer.out_channels
+    return channels // layer.groups * taps ** len(layer.size)
+
+
+def _forward(layer: Layer) -> tuple[Call, Call]:
+    names = ("stride", "padding", "dilation", "groups", *(["output_padding"] if layer.transposed else []))
+    options = {name: getattr(layer, name) for name in names}
+    ours = partial(getattr(fused_ops, layer.op), **options)
+    if layer.skip:
+        up = partial(F.conv_transpose2d, **options)
+        return ours, lambda x, skip, weight, bias: torch.cat([skip, up(x, weight, bias)], dim=1)
+    return ours, partial(getattr(F, layer.op), **options)
+
+
+def _gradient(layer: Layer, direction: str) -> tuple[Call, Call]:
+    """Both take (x, weight, gradient by y) and compute one gradient, without the forward."""
+    axes = len(layer.size)
+    stride, padding, dilation = [layer.stride] * axes, [layer.padding] * axes, [layer.dilation] * axes
+    geometry = (stride, padding, dilation, layer.groups)
+    extra = [layer.output_padding] * axes
+    by_input = direction == "input gradient"
+
+    def ours(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        if by_input:
+            op = ops.conv if layer.transposed else ops.conv_transpose
+            return op(grad, weight, None, None, layer.size, *geometry, False)
+        wide, narrow = (grad, x) if layer.transposed else (x, grad)
+        return ops.conv_weight_grad(wide, narrow, weight.shape[2:], *geometry)
+
+    def theirs(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        arguments = (stride, padding, dilation, layer.transposed, extra, layer.groups)
+        wanted = [by_input, not by_input, False]
+        gradients = torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments, wanted)
+        return gradients[0 if by_input else 1]
+
+    return ours, theirs
+
+
+def case(layer: Layer, direction: str, dtype: torch.dtype) -> Case:
+    if direction == "forward":
+        ours, theirs = _forward(layer)
+        skip = [(layer.batch, layer.skip, *layer.out_size)] if layer.skip else []
+        shapes = (layer.x, *skip, layer.weight, (layer.out_channels,))
+    else:
+        ours, theirs = _gradient(layer, direction)
+        shapes = (layer.x, layer.weight, layer.y)
+    x, y = ("x".join(map(str, shape)) for shape in (layer.x, layer.y))
+    geometry = f"k{layer.kernel} s{layer.stride} p{layer.padding} d{layer.dilation} g{layer.groups}"
+    work = flop(layer), byte_count(layer, dtype), reduction(layer, direction)
+    return Case(
+        layer.op, layer.name, f"{x} -> {y} {geometry}", direction, dtype, shapes, *work, ours=ours, theirs=theirs
+    )
+
+
+def cases(quick: bool, tiny: bool) -> list[Case]:
+    """Every layer in every direction, in bf16 and fp32; `quick`: a third of the layers, in bf16 only.
+
+    `tiny` cases are in fp32 only: Triton's interpreter rounds to bf16 towards zero, which doubles its error.
+    """
+    layers = [layer for layer in LAYERS if layer.quick or not quick]
+    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+    return [
+        case(layer.tiny() if tiny else layer, direction, dtype)
+        for dtype in dtypes
+        for layer in layers
+        # Behind a concatenation the gradients are those of the transposed convolution alone.
+        for direction in (["forward"] if layer.skip else ["forward", "input gradient", "weight gradient"])
+    ]

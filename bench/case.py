@@ -1,0 +1,125 @@
+"""One benchmark case: what to compute, how much work that is, and the check that comes before any timing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .timing import Timing
+
+Call = Callable[..., Tensor]
+Measure = Callable[[dict["Variant", Callable[[], Tensor]]], dict["Variant", Timing]]
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A computation on random tensors by this package's op (`ours`) and by torch (`theirs`), same arguments.
+
+    Each bench_<op>.py has a function `cases(quick)` that returns them.
+    """
+
+    op: str
+    name: str
+    shape: str
+    direction: str  # "forward", "input gradient" or "weight gradient"
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]  # of the arguments
+    flop: int  # 2 x multiply-adds that are needed; zeros between the pixels of a transposed convolution are not
+    bytes: int  # every tensor read or written once
+    reduction: int  # terms in one sum
+    ours: Call
+    theirs: Call
+
+    def inputs(self, device: str) -> list[Tensor]:
+        """Standard normal, the same on every call; zeros would run faster than real data on a GPU."""
+        generator = torch.Generator(device).manual_seed(0)
+        return [torch.randn(s, device=device, dtype=self.dtype, generator=generator) for s in self.shapes]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}, {self.direction}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Variant(NamedTuple):
+    """Who computes a case ("ours", "torch", "torch.compile") and in which memory layout."""
+
+    name: str
+    layout: str
+
+
+OURS = "ours"
+BASELINE = Variant("torch", "contiguous")
+
+
+class Result(NamedTuple):
+    """`errors` as `error_of`; `timings` is empty in a dry run."""
+
+    errors: dict[Variant, float]
+    timings: dict[Variant, Timing]
+
+
+class GateError(Exception):
+    """A case's numbers are wrong, so there is nothing to time."""
+
+
+def error_of(y: Tensor, oracle: Tensor, reduction: int) -> float:
+    """max |y - oracle| / sqrt(reduction): relative to the usual size of a sum of standard normal products."""
+    if y.shape != oracle.shape:
+        raise GateError(f"shape {tuple(y.shape)} instead of {tuple(oracle.shape)}")
+    error = (y.double() - oracle).abs().max().item() / math.sqrt(reduction)
+    return math.inf if math.isnan(error) else error
+
+
+def epsilon(dtype: torch.dtype, device: str) -> float:
+    """Spacing of numbers at 1 as the multiplications see them: TF32 has ten bits, whatever dtype it is stored in."""
+    if dtype == torch.float32 and device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32":  # pyright: ignore[reportAttributeAccessIssue]
+        return 2.0**-10
+    return torch.finfo(dtype).eps
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    return tensor.contiguous(memory_format=FORMATS[tensor.dim()]) if layout == "channels_last" else tensor
+
+
+def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[[], Tensor]]:
+    """Every way to compute the case, each with its inputs bound."""
+    contiguous = case.inputs(device)
+    calls: dict[Variant, Callable[[], Tensor]] = {}
+    layouts = ["contiguous"]
+    if all(t.dim() in FORMATS or t.dim() == 1 for t in contiguous):
+        layouts.append("channels_last")
+    for layout in layouts:
+        inputs = [t if t.dim() == 1 else in_layout(t, layout) for t in contiguous]
+        calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
+        calls[Variant("torch", layout)] = partial(case.theirs, *inputs)
+    if compiled:
+        torch._dynamo.reset()  # the cases share code, and would meet the limit on recompilations
+        # Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
+        compile = torch.compile(lambda *t: case.theirs(*t), mode="max-autotune-no-cudagraphs", dynamic=False)
+        calls[Variant("torch.compile", "contiguous")] = partial(compile, *contiguous)
+    return calls
+
+
+def run_case(case: Case, device: str, measure: Measure | None = None, compiled: bool = False) -> Result:
+    """Check the case against fp64 and then, only if it is right, time it with `measure`.
+
+    Every variant of ours must have error <= 2 x torch's own in the same dtype + eps (`error_of`'s unit, that is
+    eps sqrt(reduction) in the numbers themselves). Raises GateError otherwise.
+    """
+    torch.backends.cudnn.benchmark = False  # no search for the fastest fp64 algorithm
+    oracle = case.theirs(*(t.double() for t in case.inputs(device)))
+    torch.backends.cudnn.benchmark = True
+    calls = variants(case, device, compiled)
+    errors = {variant: error_of(call(), oracle, case.reduction) for variant, call in calls.items()}
+    del oracle
+    limit = 2 * errors[BASELINE] + epsilon(case.dtype, device)
+    for variant, error in errors.items():
+        if variant.name == OURS and not error <= limit < math.inf:
+            raise GateError(f"{variant.layout}: error {error:.2e} against fp64, allowed {limit:.2e}")
+    return Result(errors, measure(calls) if measure else {})

@@ -145,7 +145,7 @@ def both_layouts(*tensors):
 
 
 def assert_same_format(ours, theirs):
-    """Equal strides; but torch's 3-D convolution on the CPU gives up channels_last, which on a GPU it keeps, as we do."""
+    """Equal strides; only that torch's 3-D convolution on the CPU gives up channels_last, which we keep everywhere."""
     if ours.dim() == 5 and not ours.is_cuda and ours.is_contiguous(memory_format=torch.channels_last_3d):
         return
     assert ours.stride() == theirs.stride()

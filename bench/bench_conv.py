@@ -62,13 +62,25 @@ class Layer:
         return (a, b // self.groups, *[self.kernel] * len(self.size))
 
     def tiny(self) -> Layer:
-        """The same geometry on few pixels and channels, for the interpreter."""
+        """The same kind of geometry on few pixels and channels, with stride at most 4, for the interpreter."""
+        scale = max(1, self.stride // 4)
         groups = min(self.groups, 3)
         channels, out_channels = (groups if self.groups > 1 else min(c, 5) for c in (self.channels, self.out_channels))
         least = 2 if self.transposed else max(3, self.dilation * (self.kernel - 1) + 2 - 2 * self.padding)
         size = tuple(min(i, least) for i in self.size)
         skip = min(self.skip, 3)
-        return replace(self, batch=1, channels=channels, out_channels=out_channels, size=size, groups=groups, skip=skip)
+        return replace(
+            self,
+            batch=1,
+            channels=channels,
+            out_channels=out_channels,
+            size=size,
+            kernel=self.kernel // scale,
+            stride=self.stride // scale,
+            padding=self.padding // scale,
+            groups=groups,
+            skip=skip,
+        )
 
 
 Up = partial(Layer, transposed=True)

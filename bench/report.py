@@ -6,6 +6,7 @@ import csv
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -106,7 +107,7 @@ def write_rows(rows: list[Row], path: Path) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        writer.writerows(asdict(row) for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -117,7 +118,8 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"{path} has columns {reader.fieldnames}, a results file has {names}; measure it anew")
-        return [Row(**{k: float(v) if k in numbers else v for k, v in line.items()}) for line in reader]
+        lines: list[dict[str, Any]] = [{k: float(v) if k in numbers else v for k, v in line.items()} for line in reader]
+        return [Row(**line) for line in lines]
 
 
 def results_table(rows: list[Row]) -> Table:

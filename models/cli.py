@@ -1,5 +1,6 @@
 """The command line `backstride`."""
 
+import re
 import sys
 from collections import Counter
 from dataclasses import fields, replace
@@ -143,13 +144,12 @@ def predict(
     for name, count in Counter(path.stem for path in images).items():
         if count > 1:
             raise ValueError(f"{count} images are named {name}: their results would overwrite each other")
-    table = Table("image", "class map", "probability", "overlay")
     for path in images:
         image = read_image(path, network.in_channels)
         probability = predict_probability(network, image.to(where), tile or config.tile, symmetries=average)
         written = save_prediction(probability.cpu(), image, out, path.stem)
-        table.add_row(str(path), *map(str, written))
-    console.print(table)
+        names = ", ".join(file.name for file in written)
+        console.print(f"{path} -> {out}: {names}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -173,13 +173,14 @@ def doctor() -> None:
 
 def parse_indices(text: str) -> tuple[int, ...]:
     """ "3,20-22" -> (3, 20, 21, 22)"""
-    indices: list[int] = []
+    indices: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.strip().isdecimal() or (last and not last.strip().isdecimal()):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not numbers:
             raise ValueError(f"--val {text}: {part!r} is neither a number nor a range like 25-29")
-        indices += range(int(first), int(last or first) + 1)
-    return tuple(sorted(set(indices)))
+        indices |= set(numbers)
+    return tuple(sorted(indices))
 
 
 def find_device(device: Device) -> torch.device:

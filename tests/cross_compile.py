@@ -2,7 +2,7 @@
 
 `compile_kernel` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one kernel,
 configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this module
-runs in a process of its own: `python tests/cross_compile.py` prints the table of all shipped kernels as CSV.
+runs in a process of its own: `python -m tests.cross_compile` prints the table of all shipped kernels as CSV.
 """
 
 from __future__ import annotations
@@ -129,7 +129,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    from cross_compile_cases import compile_all
+    from .cross_compile_cases import compile_all
 
     write_table(compile_all(sys.argv[1:] or list(TARGETS)), sys.stdout)

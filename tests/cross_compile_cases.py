@@ -10,7 +10,8 @@ from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
-from cross_compile import TARGETS, Compiled, compile_kernel
+
+from .cross_compile import TARGETS, Compiled, compile_kernel
 
 # fp16 compiles to the same code as bf16 but for the instructions' types.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_parse_indices():
 
 def test_kill_and_resume_by_command_line(tmp_path: Path):
     """Fused ops, the paper's SGD and dropout, generated cells; killed at some moment after its first checkpoint."""
-    settings = ["--steps", 30, "--every", 3, *TINY, "--optimizer", "sgd"]
+    settings = ["--steps", 12, "--every", 3, *TINY, "--optimizer", "sgd"]
     environment = without_interpreter() | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command("train", "unet", "--out", tmp_path / "whole", *settings), check=True, env=environment)
 
@@ -152,10 +153,11 @@ def test_kill_and_resume_by_command_line(tmp_path: Path):
 
 def test_demo(tmp_path: Path, monkeypatch, capsys):
     """The demo's own code on a smaller problem; `make demo` runs it in full."""
-    monkeypatch.setattr(demo, "open_data", lambda config: (TouchingCells(4, 64), TouchingCells(2, 64, seed=1), config))
-    config = cli.replace(demo.CONFIG, width=8, depth=1, tile=66, steps=60, every=30, ops="torch")
-    for _ in range(2):  # a second demo overwrites the first
-        demo.run_demo(tmp_path, cli.console, config)
+    monkeypatch.setattr(demo, "open_data", lambda config: (TouchingCells(8, 96), TouchingCells(2, 96, seed=1), config))
+    easier = {"width": 8, "depth": 2, "tile": 100, "elastic": 0.0, "border_weight": 0.0, "lr": 0.01}
+    config = replace(demo.CONFIG, steps=120, every=60, ops="torch", **easier)
+    demo.run_demo(tmp_path, cli.console, replace(config, steps=1))
+    demo.run_demo(tmp_path, cli.console, config)  # a second demo overwrites the first
     written = capsys.readouterr().out
     scores = [float(line.split("│")[2]) for line in written.splitlines() if "mean IoU on unseen" in line]
     before, after = scores[-2:]

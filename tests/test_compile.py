@@ -1,7 +1,7 @@
 """Every shipped kernel compiles for every target without a GPU: it fits, spills nothing, and uses the matrix units.
 
 The figures are kept in bench/results, one table for each Triton version, so that a change shows in review. After an
-intended change write the table anew: `TRITON_INTERPRET=0 python tests/cross_compile.py > bench/results/<name>`.
+intended change write the table anew: `TRITON_INTERPRET=0 python -m tests.cross_compile > bench/results/<name>`.
 """
 
 import os
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import triton
-from cross_compile import MATRIX_INSTRUCTIONS, TARGETS, read_table
 
-TESTS = Path(__file__).parent
-TABLE = TESTS.parent / "bench" / "results" / f"cross_compile_triton-{triton.__version__}.csv"
+from .cross_compile import MATRIX_INSTRUCTIONS, TARGETS, read_table
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "bench" / "results" / f"cross_compile_triton-{triton.__version__}.csv"
 
 pytestmark = pytest.mark.compile
 
@@ -29,7 +30,11 @@ def compiled(request, tmp_path_factory):
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
     run = subprocess.run(
-        [sys.executable, str(TESTS / "cross_compile.py"), target], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "tests.cross_compile", target],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     path = tmp_path_factory.mktemp("table") / "table.csv"

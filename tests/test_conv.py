@@ -16,7 +16,8 @@ from backstride.kernels.conv.launch import Geometry
 from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_exact_as, to_fp64
+
+from .oracle import assert_as_exact_as, to_fp64
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
 TRANSPOSED = {

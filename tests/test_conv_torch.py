@@ -6,10 +6,11 @@ import backstride.fused_ops as fused
 import pytest
 import torch
 from backstride.kernels.runtime import INTERPRETED
-from oracle import assert_as_exact_as
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
+
+from .oracle import assert_as_exact_as
 
 OPS = {
     name: (getattr(fused, name), next(op for op in op_db if op.name == f"nn.functional.{name}"))

@@ -135,7 +135,7 @@ def test_parse_indices():
 
 def test_kill_and_resume_by_command_line(tmp_path: Path):
     """Fused ops, the paper's SGD and dropout, generated cells; killed at some moment after its first checkpoint."""
-    settings = ["--steps", 12, "--every", 3, *TINY, "--optimizer", "sgd"]
+    settings = ["--steps", 6, "--every", 3, *TINY, "--optimizer", "sgd"]
     environment = without_interpreter() | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command("train", "unet", "--out", tmp_path / "whole", *settings), check=True, env=environment)
 

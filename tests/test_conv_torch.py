@@ -86,9 +86,13 @@ def test_gradients(name, index):
 
 
 @fp64_kernels
-@pytest.mark.parametrize("name, index", [(name, index) for name, index in EVERY_SAMPLE if index % 2 == 0])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "name, index",
+    [(name, index) for name, index in EVERY_SAMPLE if index % 2 == 0 and (index < 2 or not name.endswith("3d"))],
+)
 def test_second_gradients(name, index):
-    """Every batched sample: the unbatched ones behind them differ by a squeeze."""
+    """Every batched sample in 1-D and 2-D, the first in 3-D: the rest take minutes each, interpreted."""
     function, tensors = differentiable(name, small(name, samples(name)[index]))
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 

@@ -40,8 +40,7 @@ def choose_config(
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
         return ConvConfig(_block(m, 16, 128), _block(n, 16, 128), _block(k, 16, 128), 4, 1)
     if not tensor_cores:
-        largest = 64 if wide else 32
-        return ConvConfig(_block(m, 16, largest), _block(n, 16, largest), 16, 4, 3)
+        return ConvConfig(_block(m, 16, 64 if wide else 32), _block(n, 16, 32), 16, 4, 3)
     if not wide:
         return ConvConfig(_block(m, 16, 64), _block(n, 16, 32), _block(k, 16, 16), 8, 3)
     block_k = _block(k, 16, 128 // itemsize)

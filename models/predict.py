@@ -111,8 +111,7 @@ def read_image(path: Path, channels: int) -> Tensor:
 
 
 def save_prediction(probability: Tensor, image: Tensor, folder: Path, name: str) -> list[Path]:
-    """Writes `name`_classes.png, `name`_probability.png and `name`_overlay.png into `folder`, returns their
-    paths.
+    """Writes `name`_classes.png, `name`_probability.png and `name`_overlay.png into `folder`; returns their paths.
 
     probability: [K, H, W], image: [C, H, W] in [0, 1]. The probability map shows class 1 if there are two
     classes, otherwise how probable the chosen class is.

@@ -1,5 +1,4 @@
-"""U-Net: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015
-(arXiv 1505.04597)."""
+"""U-Net: Ronneberger, Fischer, Brox 2015, "U-Net: Convolutional Networks for Biomedical Image Segmentation"."""
 
 import math
 from typing import Literal
@@ -13,8 +12,7 @@ Padding = Literal["valid", "same"]
 
 
 class UNet(nn.Module):
-    """The network of the paper's figure 1: [N, in_channels, s, s] -> logits [N, num_classes, s - 184, s -
-    184].
+    """The network of figure 1 (arXiv 1505.04597): [N, in_channels, s, s] -> logits [N, num_classes, s - 184, s - 184].
 
     `depth` times two 3x3 convolutions with ReLU and a 2x2 max-pool, doubling the channels from `width`; two
     more convolutions at the bottom; then `depth` times a 2x2 up-convolution with stride 2 that halves the
@@ -60,8 +58,7 @@ class UNet(nn.Module):
         """Input windows that are shifted by a multiple of this see the max-pools on the same grid."""
         self.context = _context(depth, padding)
         """Pixels at each border of an input that have no output or, with "same", feel the zero padding."""
-        # Backwards from an output of n pixels through the valid layers, every size on the way is even if n =
-        # 4 modulo the alignment.
+        # Followed backwards from the output, all sizes on the way are even if the output's is 4 modulo the alignment.
         smallest_output = 4 % self.alignment or self.alignment
         self.smallest_size = self.alignment if padding == "same" else smallest_output + 2 * self.context
 
@@ -117,12 +114,11 @@ class UNet(nn.Module):
 
 
 def _context(depth: int, padding: Padding) -> int:
-    """Follows the pixels lost (or spoilt by zero padding) at a border: two at each pair of convolutions, on
-    the way down rounded up at each pool, on the way up doubled."""
+    """The pixels lost (or spoilt by zero padding) at a border: each pair of convolutions adds two, each max-pool
+    halves them, each up-convolution doubles them."""
     lost = 2
     for _ in range(depth):
-        # An odd count only arises with "same": the pooled pixel that mixes a spoilt one and a good one is
-        # spoilt.
+        # "same" rounds up: a pooled pixel that mixes a spoilt one and a good one is spoilt.
         lost = math.ceil(lost / 2) + 2 if padding == "same" else lost / 2 + 2
     for _ in range(depth):
         lost = 2 * lost + 2

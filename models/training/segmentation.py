@@ -77,12 +77,7 @@ def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfi
     training = [index for index in range(len(data)) if index not in held_out]
     if not training:
         raise ValueError(f"{config.data} holds {len(data)} images and all are held out: none is left to train on")
-    config = replace(
-        config,
-        validation=held_out,
-        in_channels=data.in_channels,
-        num_classes=data.num_classes,
-    )
+    config = replace(config, validation=held_out, in_channels=data.in_channels, num_classes=data.num_classes)
     return Subset(data, training), Subset(data, held_out), config
 
 
@@ -118,8 +113,7 @@ class SegmentationTask:
         return border_weight_map(mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE, self.class_weights)
 
     def batch(self, step: int) -> Batch:
-        """(images [N, C, tile, tile], targets [N, s, s], weights [N, s, s]) with s the network's output
-        size."""
+        """(images [N, C, tile, tile], targets [N, s, s], weights [N, s, s]), s being the network's output size."""
         samples = [self._sample(step * self.config.batch_size + i) for i in range(self.config.batch_size)]
         images, targets, weights = (torch.stack(part) for part in zip(*samples, strict=True))
         return images, targets, weights

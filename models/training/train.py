@@ -133,8 +133,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate of the step after `step` steps: a function of these two alone, so that resuming needs no
-    more."""
+    """The rate of the step after `step` steps: a function of these two alone, so resuming needs no more."""
     if config.schedule == "constant":
         return config.lr
     return config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2

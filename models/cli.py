@@ -194,7 +194,7 @@ def find_device(device: Device) -> torch.device:
 def main() -> None:
     """Runs the command line; what a user can mend is told in one line, without a traceback."""
     try:
-        app()
+        app(prog_name="backstride")
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

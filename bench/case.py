@@ -112,9 +112,7 @@ def run_case(case: Case, device: str, measure: Measure | None = None, compiled: 
     Every variant of ours must have error <= 2 x torch's own in the same dtype + eps (`error_of`'s unit, that is
     eps sqrt(reduction) in the numbers themselves). Raises GateError otherwise.
     """
-    torch.backends.cudnn.benchmark = False  # no search for the fastest fp64 algorithm
     oracle = case.theirs(*(t.double() for t in case.inputs(device)))
-    torch.backends.cudnn.benchmark = True
     calls = variants(case, device, compiled)
     errors = {variant: error_of(call(), oracle, case.reduction) for variant, call in calls.items()}
     del oracle

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ class _Call(NamedTuple):
 
     x: Tensor
     batched: bool
+    channels: int  # of the output
     output_size: list[int]
     stride: list[int]
     padding: list[int]
@@ -70,12 +73,12 @@ def _bind_conv(
     if padding == "same":
         _require(max(strides) == 1)
         # torch puts the odd element of an even kernel's padding behind the input.
-        return _Call(x, batched, size, strides, [(span - 1) // 2 for span in spans], dilations, groups)
+        return _Call(x, batched, weight.shape[0], size, strides, [(span - 1) // 2 for span in spans], dilations, groups)
     paddings = _per_axis(0 if padding == "valid" else padding, axes, 0)
     room = [i + 2 * p - span for i, p, span in zip(size, paddings, spans, strict=True)]
     _require(min(room) >= 0)
     output_size = [r // s + 1 for r, s in zip(room, strides, strict=True)]
-    return _Call(x, batched, output_size, strides, paddings, dilations, groups)
+    return _Call(x, batched, weight.shape[0], output_size, strides, paddings, dilations, groups)
 
 
 def _bind_transposed(
@@ -99,7 +102,7 @@ def _bind_transposed(
         for i, s, p, d, k, e in zip(x.shape[2:], strides, paddings, dilations, weight.shape[2:], extras, strict=True)
     ]
     _require(min(output_size) >= 1)
-    return _Call(x, batched, output_size, strides, paddings, dilations, groups)
+    return _Call(x, batched, weight.shape[1] * groups, output_size, strides, paddings, dilations, groups)
 
 
 def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Path]:
@@ -110,6 +113,16 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
         return None, Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
     path = kernel_path(call.x)
     return (None if path.name == ATEN else call), path
+
+
+def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
+    """What `explain` asks about a public op, whose epilogue has no say in the path."""
+    names = tuple(inspect.signature(bind).parameters)[1:]
+
+    def plan(**arguments: Any) -> Path:
+        return _plan(bind, axes, *(arguments[name] for name in names))[1]
+
+    return plan
 
 
 def _is_relu(activation: str | None) -> bool:
@@ -136,62 +149,35 @@ def _finish_aten(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
 
 
 def _run(
+    bind: Callable[..., _Call],
     op: Callable[..., Tensor],
-    call: _Call,
-    channels: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    relu: bool,
+    axes: int,
+    function: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    device = call.x.device.type
+    """`op` with the checked arguments where kernels run, else torch's `function` with the arguments as they are."""
+    relu = _is_relu(activation)
+    call, _ = _plan(bind, axes, *arguments)
+    if call is None:
+        return _finish_aten(function(*arguments), relu, residual)
+    device, (weight, bias) = call.x.device.type, arguments[1:3]
     x, weight = autocast(call.x, device), autocast(weight, device)
     bias, residual = autocast(bias, device), autocast(residual, device)
     if residual is not None:
         batch = (x.shape[0],) if call.batched else ()
-        _check_residual(residual, (*batch, channels, *call.output_size), x.dtype)
+        _check_residual(residual, (*batch, call.channels, *call.output_size), x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
-    y = op(x, weight, bias, residual, *call[2:], relu)
+    y = op(x, weight, bias, residual, *call[3:], relu)
     return y if call.batched else y.squeeze(0)
 
 
-def _conv(axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual) -> Tensor:
-    relu = _is_relu(activation)
-    call, _ = _plan(_bind_conv, axes, *arguments)
-    if call is None:
-        return _finish_aten(function(*arguments), relu, residual)
-    weight, bias = arguments[1:3]
-    return _run(ops.conv, call, weight.shape[0], weight, bias, relu, residual)
+_conv = partial(_run, _bind_conv, ops.conv)
+_conv_transpose = partial(_run, _bind_transposed, ops.conv_transpose)
 
 
-def _conv_transpose(
-    axes: int, function: Callable[..., Tensor], arguments: tuple[Any, ...], activation, residual
-) -> Tensor:
-    relu = _is_relu(activation)
-    call, _ = _plan(_bind_transposed, axes, *arguments)
-    if call is None:
-        return _finish_aten(function(*arguments), relu, residual)
-    weight, bias = arguments[1:3]
-    return _run(ops.conv_transpose, call, weight.shape[1] * call.groups, weight, bias, relu, residual)
-
-
-def _plan_conv(axes: int) -> Callable[..., Path]:
-    def plan(input, weight, bias, stride, padding, dilation, groups, activation, residual) -> Path:
-        return _plan(_bind_conv, axes, input, weight, bias, stride, padding, dilation, groups)[1]
-
-    return plan
-
-
-def _plan_transposed(axes: int) -> Callable[..., Path]:
-    def plan(
-        input, weight, bias, stride, padding, output_padding, groups, dilation, activation=None, **epilogue
-    ) -> Path:
-        return _plan(_bind_transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation)[1]
-
-    return plan
-
-
-@explained_by(_plan_conv(1))
+@explained_by(_planner(_bind_conv, 1))
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -209,7 +195,7 @@ def conv1d(
     return _conv(1, F.conv1d, arguments, activation, residual)
 
 
-@explained_by(_plan_conv(2))
+@explained_by(_planner(_bind_conv, 2))
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -240,7 +226,7 @@ def conv2d(
     return _conv(2, F.conv2d, arguments, activation, residual)
 
 
-@explained_by(_plan_conv(3))
+@explained_by(_planner(_bind_conv, 3))
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -258,7 +244,7 @@ def conv3d(
     return _conv(3, F.conv3d, arguments, activation, residual)
 
 
-@explained_by(_plan_transposed(1))
+@explained_by(_planner(_bind_transposed, 1))
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -277,7 +263,7 @@ def conv_transpose1d(
     return _conv_transpose(1, F.conv_transpose1d, arguments, activation, residual)
 
 
-@explained_by(_plan_transposed(2))
+@explained_by(_planner(_bind_transposed, 2))
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -312,7 +298,7 @@ def conv_transpose2d(
     return _conv_transpose(2, F.conv_transpose2d, arguments, activation, residual)
 
 
-@explained_by(_plan_transposed(3))
+@explained_by(_planner(_bind_transposed, 3))
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
@@ -331,9 +317,7 @@ def conv_transpose3d(
     return _conv_transpose(3, F.conv_transpose3d, arguments, activation, residual)
 
 
-@explained_by(
-    lambda skip, **arguments: _plan_transposed(2)(**arguments)  # the skip takes any path that the rest takes
-)
+@explained_by(_planner(_bind_transposed, 2))
 def conv_transpose2d_concat(
     input: Tensor,
     skip: Tensor,
@@ -374,7 +358,7 @@ def conv_transpose2d_concat(
     batch = (x.shape[0],) if call.batched else ()
     _check_skip(skip, (*batch, *call.output_size), x.dtype)
     skip = skip if call.batched else skip.unsqueeze(0)
-    y = ops.conv_transpose_concat(x, skip, weight, bias, *call[2:], relu)
+    y = ops.conv_transpose_concat(x, skip, weight, bias, *call[3:], relu)
     return y if call.batched else y.squeeze(0)
 
 

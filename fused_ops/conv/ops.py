@@ -14,6 +14,7 @@ and each one's derivatives are the other two: gradients of any order run on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,12 +78,6 @@ def _tf32(x: Tensor) -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return y.relu() if relu else y
-
-
 def _aten_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -121,7 +116,12 @@ def _aten_conv_transpose(
     return y if bias is None else y + bias.view(-1, *[1] * len(out))
 
 
-def _conv(
+def _empty_result(transposed: bool, x: Tensor, weight: Tensor, output_size: Sequence[int], groups: int) -> Tensor:
+    return _empty(x, weight.shape[1] * groups if transposed else weight.shape[0], output_size, (x, weight))
+
+
+def _forward(
+    transposed: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -135,37 +135,19 @@ def _conv(
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if kernel_path(x).name == ATEN:
-        y = _finish(_aten_conv(x, weight, bias, output_size, geometry), residual, relu)
-        return y.contiguous(memory_format=_memory_format(x, weight))
-    y = _empty(x, weight.shape[0], output_size, (x, weight))
-    kernels.apply(x, weight, bias, _same_strides(residual, y), y, geometry, relu=relu, tf32=_tf32(x))
+        aten = _aten_conv_transpose if transposed else _aten_conv
+        y = aten(x, weight, bias, output_size, geometry)
+        y = y if residual is None else y + residual
+        return (y.relu() if relu else y).contiguous(memory_format=_memory_format(x, weight))
+    y = _empty_result(transposed, x, weight, output_size, groups)
+    launch = kernels.apply_transposed if transposed else kernels.apply
+    launch(x, weight, bias, _same_strides(residual, y), y, geometry, relu=relu, tf32=_tf32(x))
     return y
 
 
-def _conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if kernel_path(x).name == ATEN:
-        y = _finish(_aten_conv_transpose(x, weight, bias, output_size, geometry), residual, relu)
-        return y.contiguous(memory_format=_memory_format(x, weight))
-    y = _empty(x, weight.shape[1] * groups, output_size, (x, weight))
-    residual = _same_strides(residual, y)
-    kernels.apply_transposed(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
-    return y
-
-
-def _weight_shape(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> list[int]:
-    return [y.shape[1], x.shape[1] // groups, *kernel_size]
+def _empty_weight(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> Tensor:
+    shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, y))
 
 
 def _conv_weight_grad(
@@ -178,10 +160,7 @@ def _conv_weight_grad(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    memory_format = _memory_format(x, y)
-    weight = torch.empty(
-        _weight_shape(x, y, kernel_size, groups), dtype=x.dtype, device=x.device, memory_format=memory_format
-    )
+    weight = _empty_weight(x, y, kernel_size, groups)
     if kernel_path(x).name != ATEN:
         kernels.weight_grad(x, y, weight, geometry, tf32=_tf32(x))
         return weight
@@ -200,7 +179,7 @@ def _conv_weight_grad(
         groups,
         (False, True, False),
     )[1]
-    return gradient.contiguous(memory_format=memory_format)
+    return gradient.contiguous(memory_format=_memory_format(x, y))
 
 
 def _conv_transpose_concat(
@@ -216,7 +195,7 @@ def _conv_transpose_concat(
     relu: bool,
 ) -> Tensor:
     if kernel_path(x).name == ATEN:
-        up = _conv_transpose(x, weight, bias, None, output_size, stride, padding, dilation, groups, relu)
+        up = _forward(True, x, weight, bias, None, output_size, stride, padding, dilation, groups, relu)
         y = torch.cat([skip, up], dim=1)
         return y.contiguous(memory_format=_memory_format(x, weight, skip))
     y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
@@ -227,26 +206,25 @@ def _conv_transpose_concat(
 
 
 for key in ("CPU", "CUDA"):
-    library.impl("conv", _conv, key)
-    library.impl("conv_transpose", _conv_transpose, key)
+    library.impl("conv", partial(_forward, False), key)
+    library.impl("conv_transpose", partial(_forward, True), key)
     library.impl("conv_weight_grad", _conv_weight_grad, key)
     library.impl("conv_transpose_concat", _conv_transpose_concat, key)
 
 
 @torch.library.register_fake("backstride::conv", lib=library)
 def _(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
-    return _empty(x, weight.shape[0], output_size, (x, weight))
+    return _empty_result(False, x, weight, output_size, groups)
 
 
 @torch.library.register_fake("backstride::conv_transpose", lib=library)
 def _(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
-    return _empty(x, weight.shape[1] * groups, output_size, (x, weight))
+    return _empty_result(True, x, weight, output_size, groups)
 
 
 @torch.library.register_fake("backstride::conv_weight_grad", lib=library)
 def _(x, y, kernel_size, stride, padding, dilation, groups):
-    shape = _weight_shape(x, y, kernel_size, groups)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, y))
+    return _empty_weight(x, y, kernel_size, groups)
 
 
 @torch.library.register_fake("backstride::conv_transpose_concat", lib=library)
@@ -395,14 +373,9 @@ class _ConvWeightGrad(torch.autograd.Function):
         )
 
 
-def _conv_autograd(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
+def _forward_autograd(transposed, x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
     geometry = (stride, padding, dilation, groups)
-    return _Conv.apply(False, x, weight, bias, residual, output_size, geometry, relu)
-
-
-def _conv_transpose_autograd(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
-    geometry = (stride, padding, dilation, groups)
-    return _Conv.apply(True, x, weight, bias, residual, output_size, geometry, relu)
+    return _Conv.apply(transposed, x, weight, bias, residual, output_size, geometry, relu)
 
 
 def _conv_weight_grad_autograd(x, y, kernel_size, stride, padding, dilation, groups):
@@ -414,7 +387,7 @@ def _conv_transpose_concat_autograd(x, skip, weight, bias, output_size, stride, 
     return _ConvTransposeConcat.apply(x, skip, weight, bias, output_size, geometry, relu)
 
 
-library.impl("conv", _conv_autograd, "Autograd")
-library.impl("conv_transpose", _conv_transpose_autograd, "Autograd")
+library.impl("conv", partial(_forward_autograd, False), "Autograd")
+library.impl("conv_transpose", partial(_forward_autograd, True), "Autograd")
 library.impl("conv_weight_grad", _conv_weight_grad_autograd, "Autograd")
 library.impl("conv_transpose_concat", _conv_transpose_concat_autograd, "Autograd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -108,12 +108,26 @@ def _index_dtype(pixels: int) -> tl.dtype:
     return tl.int64 if pixels > 2**31 - 2**16 else tl.int32
 
 
-def _geometry_constants(kernel: Sequence[int], geometry: Geometry) -> dict[str, int]:
+def _layer_constants(
+    kernel: Sequence[int],
+    geometry: Geometry,
+    in_channels: int,
+    out_channels: int,
+    sx: tuple[int, ...],
+    sy: tuple[int, ...],
+) -> dict[str, Any]:
+    """What is compiled in for a layer; channels are those of one group."""
     names = ("D", "H", "W")
     constants = {f"K{a}": size for a, size in zip(names, _three(kernel, 1), strict=True)}
     constants |= {f"S{a}": size for a, size in zip(names, _three(geometry.stride, 1), strict=True)}
     constants |= {f"D{a}": size for a, size in zip(names, _three(geometry.dilation, 1), strict=True)}
-    return constants
+    return constants | {
+        "NDIM": len(kernel),
+        "IN_VEC": _power_of_two_divisor(in_channels),
+        "OUT_VEC": _power_of_two_divisor(out_channels),
+        "X_VEC": _vector(sx),
+        "Y_VEC": _vector(sy),
+    }
 
 
 @lru_cache(maxsize=4096)
@@ -136,12 +150,7 @@ def plan_apply(
     config = choose_config(
         pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), wide, device
     )
-    constants = _geometry_constants(kernel, geometry) | {
-        "NDIM": len(kernel),
-        "IN_VEC": _power_of_two_divisor(b),
-        "OUT_VEC": _power_of_two_divisor(a),
-        "X_VEC": _vector(sx),
-        "Y_VEC": _vector(sy),
+    constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
         "FLATTEN": flatten,
         "INDEX": _index_dtype(pixels),
     }
@@ -167,13 +176,7 @@ def plan_apply_transposed(
     taps = math.prod(kernel)
     sx, sy = _strides(x), _strides(y)
     tensor_cores = _uses_tensor_cores(dtype, tf32)
-    constants = _geometry_constants(kernel, geometry) | {
-        "NDIM": len(kernel),
-        "IN_VEC": _power_of_two_divisor(a),
-        "OUT_VEC": _power_of_two_divisor(b),
-        "X_VEC": _vector(sx),
-        "Y_VEC": _vector(sy),
-    }
+    constants = _layer_constants(kernel, geometry, a, b, sx, sy)
     scatter = all(
         k == s and (d == 1 or k == 1) and size_y + p <= size_x * s
         for k, s, d, p, size_x, size_y in zip(
@@ -243,12 +246,7 @@ def plan_weight_grad(
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
     split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
-    constants = _geometry_constants(kernel, geometry) | {
-        "NDIM": len(kernel),
-        "IN_VEC": _power_of_two_divisor(b),
-        "OUT_VEC": _power_of_two_divisor(a),
-        "X_VEC": _vector(sx),
-        "Y_VEC": _vector(sy),
+    constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
         "INDEX": _index_dtype(pixels),
@@ -281,14 +279,19 @@ def _sizes(
 
 
 def _launch_forward(
-    plan: Plan,
+    planner: Callable[..., Plan],
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     y: torch.Tensor,
+    geometry: Geometry,
     relu: bool,
+    tf32: bool,
 ) -> None:
+    if y.numel() == 0:
+        return
+    plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
     with device_guard(x):
         plan.kernel[plan.grid](
             x,
@@ -320,10 +323,7 @@ def apply(
     Shapes: x (N, groups B, *in), weight (groups A, B, *kernel), bias (groups A,), y and residual (N, groups A, *out);
     residual has y's strides.
     """
-    if y.numel() == 0:
-        return
-    plan = plan_apply(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
-    _launch_forward(plan, x, weight, bias, residual, y, relu)
+    _launch_forward(plan_apply, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
 def apply_transposed(
@@ -342,10 +342,7 @@ def apply_transposed(
     Shapes: x (N, groups A, *in), weight (groups A, B, *kernel), bias (groups B,), y and residual (N, groups B, *out);
     residual has y's strides.
     """
-    if y.numel() == 0:
-        return
-    plan = plan_apply_transposed(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
-    _launch_forward(plan, x, weight, bias, residual, y, relu)
+    _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
 def weight_grad(

@@ -16,8 +16,10 @@ from .conv import (
     conv_transpose3d,
 )
 from .dispatch import Path, explain, public_ops
+from .rnn import RNN, RNNCell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 
 __all__ = [
+    "RNN",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -25,6 +27,7 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "Path",
+    "RNNCell",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -34,4 +37,8 @@ __all__ = [
     "conv_transpose3d",
     "explain",
     "public_ops",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
 ]

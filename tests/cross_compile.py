@@ -34,6 +34,8 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "mfma"),
 }
 
+OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK")
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "mfma")
 
 
@@ -93,7 +95,7 @@ def compile_kernel(
 
     backend, arch, warp, *_ = TARGETS[target]
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -103,7 +105,7 @@ def compile_kernel(
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
     registers, spills = _resource_usage(compiled, backend)
-    blocks = [str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if name in constants]
+    blocks = [str(constants[name]) for name in BLOCKS if name in constants]
     return Compiled(
         target,
         kernel.__name__,

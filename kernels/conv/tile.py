@@ -1,4 +1,4 @@
-"""What the convolution kernels share: pixel indices, addresses, bounds, the product and the epilogue."""
+"""What the convolution kernels share: pixel indices, addresses, bounds and the epilogue."""
 
 import triton
 import triton.language as tl
@@ -60,15 +60,6 @@ def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
     if NDIM == 3:
         mask = mask & (d >= 0) & (d < D)
     return mask
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    # Triton's interpreter multiplies bf16 bit patterns, not values: there (UPCAST) the product is taken in fp32.
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -1,0 +1,232 @@
+"""The vanilla RNN as in torch.rnn_tanh and torch.rnn_relu: layers, directions, dropout, packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
+from . import ops
+from .rows import first_rows, offsets_of
+
+TORCH = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
+
+
+class Call(NamedTuple):
+    """Arguments of torch.rnn_tanh in either form; hx=None stands for zeros, batch_sizes=None for the dense form."""
+
+    input: Tensor
+    batch_sizes: Tensor | None
+    hx: Tensor | None
+    params: list[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def time_axis(self) -> int:
+        return 1 if self.batch_first else 0
+
+
+def _dense(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first) -> Call:
+    return Call(input, None, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+
+
+def _packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional) -> Call:
+    return Call(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional, False)
+
+
+def _bind(input: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
+    """The call in either form: torch tells them apart by the type of the third argument."""
+    packed = "batch_sizes" in keywords or (len(arguments) > 1 and isinstance(arguments[1], Tensor))
+    return (_packed if packed else _dense)(input, *arguments, **keywords)
+
+
+def _shapes_fit(call: Call, batch: int) -> bool:
+    """Whether all is as torch asks: otherwise its own function is called, and raises its own error."""
+    per_layer = (4 if call.has_biases else 2) * call.directions
+    if call.num_layers < 1 or len(call.params) != per_layer * call.num_layers or not 0 <= call.dropout <= 1:
+        return False
+    hidden = call.params[0].shape[0]
+    size = call.input.shape[-1]
+    for layer in range(call.num_layers):
+        for d in range(call.directions):
+            w_ih, w_hh, *biases = _parameters(call, layer, d)
+            if w_ih.shape != (hidden, size) or w_hh.shape != (hidden, hidden):
+                return False
+            if any(b.shape != (hidden,) for b in biases):
+                return False
+        size = hidden * call.directions
+    tensors = call.params if call.hx is None else [*call.params, call.hx]
+    if any(t.dtype != call.input.dtype or t.device != call.input.device for t in tensors):
+        return False
+    return call.hx is None or call.hx.shape == (call.num_layers * call.directions, batch, hidden)
+
+
+def _parameters(call: Call, layer: int, direction: int) -> Sequence[Tensor]:
+    """w_ih, w_hh and, with biases, b_ih, b_hh."""
+    count = 4 if call.has_biases else 2
+    start = (layer * call.directions + direction) * count
+    return call.params[start : start + count]
+
+
+def _path(call: Call) -> Path:
+    if not isinstance(call.input, Tensor) or call.input.dim() != (3 if call.batch_sizes is None else 2):
+        return Path(ATEN, "an input that torch's own function refuses: it is called, and says why")
+    if call.batch_sizes is None and call.input.shape[call.time_axis] == 0:
+        return Path(ATEN, "a sequence of length 0, which torch's own function refuses")
+    if not _shapes_fit(call, _batch(call)):
+        return Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+    return kernel_path(call.input)
+
+
+def _batch(call: Call) -> int:
+    if call.batch_sizes is None:
+        return call.input.shape[1 - call.time_axis]
+    return call.hx.shape[1] if call.hx is not None and call.hx.dim() == 3 else int(call.batch_sizes[0])
+
+
+def _cast(call: Call) -> Call:
+    device = call.input.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    return call._replace(
+        input=autocast(call.input, device),
+        hx=autocast(call.hx, device),
+        params=[autocast(t, device) for t in call.params],
+    )
+
+
+def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
+    """(output, h_n) of the call, by kernels where they run and else by torch's own function."""
+    if isinstance(call.input, Tensor):
+        call = _cast(call)
+    # torch.compile would unroll torch's own function over all time steps.
+    if _path(call).name == ATEN and not (torch.compiler.is_compiling() and _shapes_fit(call, _batch(call))):
+        return _run_aten(nonlinearity, call)
+    batch = _batch(call)
+    offsets = None if call.batch_sizes is None else offsets_of(call.batch_sizes, call.input.device)
+    x, states = call.input, []
+    for layer in range(call.num_layers):
+        y = _layer(nonlinearity, call, layer, x, offsets, batch)
+        states += [_final(y, d, offsets, batch) for d in range(call.directions)]
+        x = y.flatten(-2)
+        if layer < call.num_layers - 1:
+            x = F.dropout(x, call.dropout, call.train)
+    return x.transpose(0, 1) if call.batch_first else x, torch.stack(states)
+
+
+def _run_aten(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
+    hx = call.hx
+    if hx is None:
+        hidden = call.params[0].shape[0]
+        hx = call.input.new_zeros(call.num_layers * call.directions, _batch(call), hidden)
+    settings = (call.params, call.has_biases, call.num_layers, call.dropout, call.train, call.bidirectional)
+    if call.batch_sizes is None:
+        return TORCH[nonlinearity](call.input, hx, *settings, call.batch_first)
+    return TORCH[nonlinearity](call.input, call.batch_sizes, hx, *settings)
+
+
+def _layer(nonlinearity: str, call: Call, layer: int, x: Tensor, offsets: Tensor | None, batch: int) -> Tensor:
+    """Outputs (T, B, D, H), or packed (rows, D, H), of one layer."""
+    parameters = [_parameters(call, layer, d) for d in range(call.directions)]
+    hidden = parameters[0][1].shape[0]
+    weight = torch.cat([p[0] for p in parameters]) if call.bidirectional else parameters[0][0]
+    bias = None
+    if call.has_biases:
+        sums = [p[2] + p[3] for p in parameters]
+        bias = torch.cat(sums) if call.bidirectional else sums[0]
+    projected = F.linear(x, weight, bias)
+    if layer == 0 and call.batch_first:
+        projected = projected.transpose(0, 1)
+    projected = projected.unflatten(-1, (call.directions, hidden))
+    recurrent = torch.stack([p[1] for p in parameters]) if call.bidirectional else parameters[0][1].unsqueeze(0)
+    matrix = recurrent.transpose(1, 2)
+    first = None
+    if call.hx is not None:
+        first = torch.bmm(call.hx[layer * call.directions : (layer + 1) * call.directions], matrix)
+    trained = torch.is_grad_enabled() and (projected.requires_grad or matrix.requires_grad)
+    # 1 - h^2 of a 16-bit h is 0 for every unit beyond |z| = 3.5: the kernel stores it as it knows it, in fp32.
+    with_factor = nonlinearity == "tanh" and projected.dtype.itemsize == 2 and trained
+    return ops.scan(projected, None, first, matrix, offsets, batch, nonlinearity, with_factor=with_factor)
+
+
+def _final(y: Tensor, direction: int, offsets: Tensor | None, batch: int) -> Tensor:
+    """Each sequence's last output on the walk of this direction."""
+    if offsets is None:
+        return y[-1 if direction == 0 else 0, :, direction]
+    return y[first_rows(offsets, y, batch, forward=direction == 1), direction]
+
+
+def _planner(input: Tensor, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> Path:
+    return _path(_cast(_bind(input, arguments, keywords or {})))
+
+
+@explained_by(_planner)
+def rnn_tanh(input: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """Vanilla RNN with tanh over whole sequences, as `torch.rnn_tanh`, in both of its forms:
+
+        rnn_tanh(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        rnn_tanh(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) (Elman 1990; Goodfellow, Bengio and Courville 2016, equations
+    10.8 and 10.9). Reference: `kernels/rnn/reference.py`.
+
+    Shapes: input (T, B, I) or with batch_first (B, T, I), packed data (rows, I) with batch_sizes (T,) on the CPU;
+    hx and the second result (layers D, B, H); params for each layer and direction W_ih (H, I or D H), W_hh (H, H)
+    and, with has_biases, b_ih (H,), b_hh (H,); first result (T, B, D H), (B, T, D H) or (rows, D H).
+
+    The same values run after run, gradients of any order, in training or not, with any T. The products with x follow
+    torch's switch for matrix products (`torch.backends.cuda.matmul`), the recurrence that for RNNs
+    (`torch.backends.cudnn.rnn`).
+
+    Errors: torch's own.
+    """
+    return run("tanh", _bind(input, arguments, keywords))
+
+
+@explained_by(_planner)
+def rnn_relu(input: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """Vanilla RNN with ReLU, as `torch.rnn_relu`: `rnn_tanh` with max(0, z) in place of tanh z."""
+    return run("relu", _bind(input, arguments, keywords))
+
+
+def _cell_planner(input: Tensor, *_: Any, **__: Any) -> Path:
+    return Path(ATEN, "one step is two matrix products and a pointwise kernel: torch's own, there is no loop to fuse")
+
+
+@explained_by(_cell_planner)
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step, tanh(W_ih x + b_ih + W_hh h + b_hh): `torch.rnn_tanh_cell`. Shapes: input (B, I), hx (B, H)."""
+    return torch.rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+@explained_by(_cell_planner)
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step with ReLU: `torch.rnn_relu_cell`. Shapes: input (B, I), hx (B, H)."""
+    return torch.rnn_relu_cell(input, hx, w_ih, w_hh, b_ih, b_hh)

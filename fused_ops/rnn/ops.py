@@ -1,0 +1,262 @@
+"""Registration of the recurrence with PyTorch: schema, kernels, fake tensors, autograd, vmap.
+
+    backstride::rnn_scan    y_t = e_t(x_t + y_{t-1} M), for both directions of time
+
+Written with s_t = x_t + y_{t-1} M and g_t = e_t', the gradient by s is v_t = g_t (ybar_t + v_{t+1} M^T): a scan the
+other way round, with the transposed matrix. From v follow all gradients as sums and products over all steps at once:
+xbar = v and Mbar = sum y_{t-1}^T v_t. This is backpropagation through time, and because it is a scan again, gradients
+of any order run on the same kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.rnn import Packing, reference
+from ...kernels.rnn import scan as launch_scan
+from ..dispatch import ATEN, kernel_path
+from .rows import first_rows, previous_rows
+
+library = torch.library.Library("backstride", "FRAGMENT")
+library.define(
+    "rnn_scan(Tensor x, Tensor? gate, Tensor? first, Tensor matrix, Tensor? offsets, SymInt batch, str effect,"
+    " bool backward, bool with_factor) -> (Tensor, Tensor)"
+)
+
+rnn_scan = torch.ops.backstride.rnn_scan.default
+
+DERIVATIVES = {"tanh": "tanh_derivative", "relu": "relu_derivative"}
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether torch's own RNN would round fp32 operands to TF32 here."""
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return False
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _scan(
+    x: Tensor,
+    gate: Tensor | None,
+    first: Tensor | None,
+    matrix: Tensor,
+    offsets: Tensor | None,
+    batch: int,
+    effect: str,
+    backward: bool,
+    with_factor: bool,
+) -> tuple[Tensor, Tensor]:
+    packing = None if offsets is None else Packing(offsets, batch)
+    y = x.new_empty(x.shape)
+    factor = x.new_empty(x.shape if with_factor else 0)
+    if x.numel() == 0:
+        return y, factor
+    gate = None if gate is None else gate.contiguous()
+    first = None if first is None else first.contiguous()
+    if kernel_path(x).name == ATEN:
+        y.copy_(reference.scan(x, gate, first, matrix, packing, effect, backward=backward))
+        if with_factor:
+            torch.mul(y, y, out=factor).neg_().add_(1)
+        return y, factor
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    launch_scan(
+        x,
+        gate,
+        first,
+        matrix,
+        packing,
+        y,
+        factor if with_factor else None,
+        effect,
+        backward=backward,
+        tf32=_tf32(x),
+    )
+    return y, factor
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("rnn_scan", _scan, key)
+
+
+@torch.library.register_fake("backstride::rnn_scan", lib=library)
+def _(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    return x.new_empty(x.shape), x.new_empty(x.shape if with_factor else 0)
+
+
+def _products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (..., D, H) times matrix (D, H, H), direction by direction."""
+    directions, hidden = rows.shape[-2:]
+    flat = rows.reshape(-1, directions, hidden).transpose(0, 1)
+    return torch.bmm(flat, matrix).transpose(0, 1).reshape(rows.shape)
+
+
+def _matrix_gradient(previous: Tensor, v: Tensor) -> Tensor:
+    directions, hidden = v.shape[-2:]
+    a, b = (t.reshape(-1, directions, hidden).transpose(0, 1) for t in (previous, v))
+    return torch.bmm(a.transpose(1, 2), b)
+
+
+def _start(s: Tensor, first: Tensor | None, offsets: Tensor | None, backward: bool) -> Tensor:
+    """s with `first` added to the rows where a sequence starts."""
+    if first is None:
+        return s
+    directions = []
+    for d in range(s.shape[-2]):
+        rows = s[..., d, :].flatten(0, -2)
+        index = first_rows(offsets, s, first.shape[1], (d == 0) != backward)
+        directions.append(rows.index_add(0, index, first[d].to(rows.dtype)).view(s[..., d, :].shape))
+    return torch.stack(directions, dim=-2)
+
+
+class _Scan(torch.autograd.Function):
+    """`rnn_scan`, with its second output only where it is wanted: the factor, which has no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch._C._AutoDispatchBelowAutograd():
+            y, factor = rnn_scan(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+        return (y, factor) if with_factor else y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, gate, first, matrix, offsets, batch, effect, backward, with_factor = inputs
+        y, factor = output if with_factor else (output, None)
+        if with_factor:
+            ctx.mark_non_differentiable(factor)
+        # The input itself is wanted only for the gradient by the gate, in second derivatives.
+        saved = (x if gate is not None else None, gate, first, matrix, offsets, y, factor)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.settings = batch, effect, backward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
+        batch, effect, backward = ctx.settings
+        needs_x, needs_gate, needs_first, needs_matrix, *_ = ctx.needs_input_grad
+        derivative, slope = _derivative(effect, gate, y, factor)
+        transposed = matrix.transpose(1, 2)
+        v = scan(grads[0], slope, None, transposed, offsets, batch, derivative, not backward)
+        grad_gate = grad_first = grad_matrix = None
+        if needs_first:
+            grad_first = torch.stack(
+                [
+                    v[..., d, :].flatten(0, -2)[first_rows(offsets, v, batch, (d == 0) != backward)]
+                    for d in range(v.shape[-2])
+                ]
+            )
+        if needs_matrix or needs_gate:
+            previous = previous_rows(y, offsets, batch, backward)
+            grad_matrix = _matrix_gradient(previous, v) if needs_matrix else None
+            if needs_gate:
+                s = _start(x + _products(previous, matrix), first, offsets, backward)
+                total = grads[0] + _products(previous_rows(v, offsets, batch, not backward), transposed)
+                grad_gate = _by_gate(effect, gate, s * total)
+        return v if needs_x else None, grad_gate, grad_first, grad_matrix, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
+        batch, effect, backward = ctx.settings
+        dx, dgate, dfirst, dmatrix, *_ = tangents
+        derivative, slope = _derivative(effect, gate, y, factor)
+        previous = previous_rows(y, offsets, batch, backward)
+        inner = torch.zeros_like(y) if dx is None else dx
+        if dmatrix is not None:
+            inner = inner + _products(previous, dmatrix)
+        outer = None
+        if dgate is not None:
+            s = _start(x + _products(previous, matrix), first, offsets, backward)
+            outer = _by_gate(effect, gate, s) * dgate
+            inner = inner + _products(previous_rows(outer, offsets, batch, backward), matrix)
+        tangent = scan(inner, slope, dfirst, matrix, offsets, batch, derivative, backward)
+        tangent = tangent if outer is None else tangent + outer
+        return tangent if factor is None else (tangent, None)
+
+
+def _derivative(effect: str, gate: Tensor | None, y: Tensor, factor: Tensor | None) -> tuple[str, Tensor | None]:
+    """The effect that multiplies by the derivative of `effect`, and the gate that it takes."""
+    if effect not in DERIVATIVES:
+        return effect, gate
+    if factor is None:
+        return DERIVATIVES[effect], y
+    if torch.is_grad_enabled():
+        # The stored factor's value with the derivative of 1 - y^2: it is that, but rounded later.
+        factor = factor + (1 - y * y) - (1 - y * y).detach()
+    return "factor", factor
+
+
+def _by_gate(effect: str, gate: Any, s: Tensor) -> Tensor:
+    """Derivative of e(s) = g(gate) s by the gate."""
+    if effect == "tanh_derivative":
+        return -2 * gate * s
+    return s if effect == "factor" else torch.zeros_like(s)
+
+
+def scan(
+    x: Tensor,
+    gate: Tensor | None,
+    first: Tensor | None,
+    matrix: Tensor,
+    offsets: Tensor | None,
+    batch: int,
+    effect: str,
+    backward: bool = False,
+    with_factor: bool = False,
+) -> Tensor:
+    """The outputs of `rnn_scan`, entered so that torch.compile sees the op, and torch.func the autograd.Function."""
+    enter = rnn_scan if torch.compiler.is_compiling() else _Scan.apply
+    result = enter(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _scan_autograd(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    result = _Scan.apply(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+    return result if with_factor else (result, x.new_empty(0))
+
+
+library.impl("rnn_scan", _scan_autograd, "Autograd")
+
+
+def _scan_vmap(info, in_dims, x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    """One more batch axis joins the batch, unless the sequences are packed or every entry has its own matrix."""
+    x_dim, gate_dim, first_dim, matrix_dim, *_ = in_dims
+    size = info.batch_size
+
+    def at_front(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    x = at_front(x, x_dim)
+    gate = None if gate is None else at_front(gate, gate_dim)
+    first = None if first is None else at_front(first, first_dim)
+    if matrix_dim is not None or offsets is not None:
+        matrix = at_front(matrix, matrix_dim)
+        every = [
+            rnn_scan(x_i, gate_i, first_i, matrix_i, offsets, batch, effect, backward, with_factor)
+            for x_i, gate_i, first_i, matrix_i in zip(
+                x,
+                [None] * size if gate is None else gate,
+                [None] * size if first is None else first,
+                matrix,
+                strict=True,
+            )
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*every, strict=True)), (0, 0)
+
+    def joined(tensor: Tensor | None) -> Tensor | None:  # (V, outer, B, D, H) to (outer, V B, D, H)
+        return None if tensor is None else tensor.transpose(0, 1).flatten(1, 2)
+
+    if first is not None:
+        first = first.transpose(0, 1).flatten(1, 2)  # (V, D, B, H) to (D, V B, H)
+    y, factor = rnn_scan(joined(x), joined(gate), first, matrix, None, size * batch, effect, backward, with_factor)
+    if with_factor:
+        return (y.unflatten(1, (size, batch)), factor.unflatten(1, (size, batch))), (1, 1)
+    return (y.unflatten(1, (size, batch)), factor.expand(size, 0)), (1, 0)
+
+
+torch.library.register_vmap("backstride::rnn_scan", _scan_vmap, lib=library)

@@ -1,0 +1,57 @@
+"""How a recurrence is run, and with which tiles: data, and a pure function that chooses.
+
+No threshold here was measured on a GPU yet. They follow from what fits into the registers of a multiprocessor without
+spills on any target (see the cross-compilation table in bench/results) and from how many programs can run at once.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..runtime import Device
+
+RESIDENT = "resident"
+SHARDED = "sharded"
+STEPWISE = "stepwise"
+
+
+@dataclass(frozen=True)
+class RnnConfig:
+    """Regime and tile of one program: rows of the batch, hidden units, and units summed over at once."""
+
+    regime: str
+    block_b: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest one, at least 16, that is no smaller than size."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@lru_cache(maxsize=4096)
+def choose_config(batch: int, hidden: int, directions: int, itemsize: int, tensor_cores: bool, device: Device):
+    """Regime for one layer, by how much of its matrix one multiprocessor can hold in registers.
+
+    A step waits for the one before it, so that the fewest and nearest exchanges win: none (resident), one between
+    programs of one launch (sharded), one between launches (stepwise). `tensor_cores` is False for IEEE fp32.
+    """
+    if hidden <= (256 if itemsize == 2 else 128):
+        block_n = _power_of_two(hidden)
+        block_b = 32 if directions * -(-batch // 16) > device.multiprocessors and block_n <= 128 else 16
+        return RnnConfig(RESIDENT, block_b, block_n, block_n, min(max(block_n // 32, 1), 8), 1)
+    shards = -(-hidden // 32)
+    if hidden * itemsize <= 2048 and tensor_cores:
+        for block_b in (16, 32):
+            if directions * -(-batch // block_b) * shards <= device.multiprocessors:
+                return RnnConfig(SHARDED, block_b, 32, 128, 4, 1)
+    return RnnConfig(
+        STEPWISE,
+        min(_power_of_two(batch), 64 if tensor_cores else 32),
+        32,
+        128 // itemsize if tensor_cores else 16,
+        4,
+        3,
+    )

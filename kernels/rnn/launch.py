@@ -1,0 +1,143 @@
+"""Host side of the recurrence: choice of the regime and launch. No autograd, no allocation of results."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..runtime import INTERPRETED, device_guard, device_of
+from .config import RESIDENT, SHARDED, RnnConfig, choose_config
+from .resident import rnn_resident_kernel
+from .sharded import rnn_sharded_kernel
+
+COUNTER_LINE = 32  # int32 values between two groups' counters: 128 bytes, so that no two share a cache line
+
+
+class Packing(NamedTuple):
+    """Where the steps of a packed batch lie: step t has the rows offsets[t] ... offsets[t + 1] - 1."""
+
+    offsets: torch.Tensor  # [T + 1], int64, on the device of the data
+    batch: int
+
+
+def uses_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:
+    return dtype.itemsize == 2 or (dtype == torch.float32 and tf32)
+
+
+def config_of(x: torch.Tensor, batch: int, tf32: bool) -> RnnConfig:
+    """The configuration that `scan` takes for x (..., D, H)."""
+    directions, hidden = x.shape[-2:]
+    return choose_config(batch, hidden, directions, x.dtype.itemsize, uses_tensor_cores(x.dtype, tf32), device_of(x))
+
+
+def constants_of(x: torch.Tensor, effect: str, backward: bool, tf32: bool, config: RnnConfig) -> dict[str, Any]:
+    """Compile-time arguments that both kernels have."""
+    directions, hidden = x.shape[-2:]
+    return {
+        "H": hidden,
+        "D": directions,
+        "EFFECT": effect,
+        "BACKWARD": backward,
+        "VEC": math.gcd(16, hidden, *x.stride()[:-1]),
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if tf32 and x.dtype == torch.float32 else "ieee",
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "BLOCK_B": config.block_b,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def scan(
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    first: torch.Tensor | None,
+    matrix: torch.Tensor,
+    packing: Packing | None,
+    y: torch.Tensor,
+    factor: torch.Tensor | None,
+    effect: str,
+    *,
+    backward: bool = False,
+    tf32: bool = False,
+) -> None:
+    """Write y_t = e_t(x_t + y_{t-1} M), in both directions of time, into `y`.
+
+    A row's first step has first[d, b] (or 0) in place of y_{t-1} M. Direction 0 walks from the first step to the
+    last and direction 1 the other way, with `backward` both turned round.
+
+    Shapes: x, y, gate and factor (T, B, D, H), or with `packing` (rows, D, H); first (D, B, H); matrix (D, H, H), any
+    strides. x has any strides but its last, which is 1; the others are contiguous.
+
+    Args:
+        gate: what the effects "tanh_derivative", "relu_derivative" (outputs h_t of the RNN) and "factor" multiply by.
+        factor: receives 1 - y^2 before it is rounded to the storage dtype, or None.
+        effect: e_t: "tanh", "relu", "tanh_derivative" (z (1 - gate^2)), "relu_derivative" (z where gate > 0) or
+            "factor" (z gate).
+    """
+    directions, hidden = x.shape[-2:]
+    steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
+    config = config_of(x, batch, tf32)
+    constants = constants_of(x, effect, backward, tf32, config) | {
+        "PACKED": packing is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_FACTOR": factor is not None,
+    }
+    offsets = packing.offsets if packing else None
+    strides = ((0, x.stride(0)) if packing else x.stride()[:2]) + (x.stride(-2), *matrix.stride())
+    tiles = triton.cdiv(batch, config.block_b)
+    with device_guard(x):
+        if config.regime == RESIDENT:
+            rnn_resident_kernel[(tiles, directions)](
+                x, gate, first, matrix, offsets, y, factor, steps, batch, *strides, **constants
+            )
+            return
+        shards = triton.cdiv(hidden, config.block_n)
+        grid = (tiles, shards, directions)
+        constants |= {"BLOCK_K": config.block_k, "ASSEMBLY": torch.version.hip is None and not INTERPRETED}
+        if config.regime == SHARDED:
+            if not INTERPRETED:
+                # The driver refuses a grid that can't run all at once: an error, where waiting would never end.
+                constants["launch_cooperative_grid"] = True
+            counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
+            rnn_sharded_kernel[grid](
+                x,
+                gate,
+                first,
+                matrix,
+                offsets,
+                counters,
+                y,
+                factor,
+                steps,
+                batch,
+                *strides,
+                0,
+                steps,
+                PERSISTENT=True,
+                **constants,
+            )
+            return
+        for step in range(steps):
+            rnn_sharded_kernel[grid](
+                x,
+                gate,
+                first,
+                matrix,
+                offsets,
+                None,
+                y,
+                factor,
+                steps,
+                batch,
+                *strides,
+                step,
+                step + 1,
+                PERSISTENT=False,
+                **constants,
+            )

@@ -1,0 +1,168 @@
+"""The recurrence with the matrix's columns spread over programs: all steps in one launch, or one step in each."""
+
+import triton
+import triton.language as tl
+
+from ..tile import dot
+from .step import RUNTIME, advance, locate
+
+# All threads wait for themselves, each with an acquiring load of its own: then every thread sees what was released
+# before the counter reached the target, and no barrier follows. Triton's scalar loop would add one to every poll.
+WAIT = tl.constexpr(
+    """
+    {
+        .reg .pred waiting;
+        .reg .s32 count;
+    poll:
+        ld.acquire.gpu.global.s32 count, [$1];
+        setp.lt.s32 waiting, count, $2;
+        @waiting bra poll;
+        mov.s32 $0, count;
+    }
+    """
+)
+
+
+@triton.jit
+def signal(counter_ptr):
+    """Tell the group that this program's part of y_t is in memory."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, target, ASSEMBLY: tl.constexpr):
+    """Until `target` signals have come."""
+    if ASSEMBLY:
+        tl.inline_asm_elementwise(
+            WAIT,
+            "=r,l,r",
+            [counter_ptr.to(tl.int64, bitcast=True), target],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
+            pass
+
+
+@triton.jit
+def load_state(
+    y_ptr, offs_b, offs_k, pid_d, start, size, H: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr
+):  # [BLOCK_B, BLOCK_K]
+    offs = tl.multiple_of(((start + offs_b) * D + pid_d) * H, VEC)[:, None] + offs_k[None, :]
+    mask = (offs_b < size)[:, None] & (offs_k < H)[None, :]
+    # Past L1: another multiprocessor wrote it.
+    return tl.load(y_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H: tl.constexpr):  # [BLOCK_K, BLOCK_N]
+    offs = offs_k.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn
+    return tl.load(w_ptr + offs, mask=(offs_k < H)[:, None] & (offs_n < H)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, "first_step", "last_step"])
+def rnn_sharded_kernel(
+    x_ptr,
+    gate_ptr,
+    first_ptr,
+    w_ptr,
+    offsets_ptr,
+    counter_ptr,
+    y_ptr,
+    factor_ptr,
+    T,
+    B,
+    stride_xt,
+    stride_xb,
+    stride_xd,
+    stride_wd,
+    stride_wk,
+    stride_wn,
+    first_step,
+    last_step,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    EFFECT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    VEC: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y_t = e_t(x_t + y_{t-1} M) for the steps from first_step to last_step; program (b, n, d) has a tile of each.
+
+    PERSISTENT: M's columns [H, BLOCK_N] stay in registers, and each step begins when all programs (b, *, d) have
+    written their part of y_{t-1}. All programs must run at once. Otherwise one step a launch, and M is read anew.
+    """
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_n = tl.program_id(1)
+    pid_d = tl.program_id(2).to(tl.int64)
+    shards = tl.num_programs(1)
+    offs_b = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    w_ptr += pid_d * stride_wd
+    if PERSISTENT:
+        # A line of 128 bytes for each group's counter.
+        counter_ptr += (pid_d * tl.num_programs(0) + pid_b) * 32
+        columns = ()
+        for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+            offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+            columns = columns + (load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H),)
+    for step in tl.range(first_step, last_step, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        t, start, size = locate(step, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+        product = tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC)
+        previous_size = B * 0
+        if step > 0:
+            _, previous_start, previous_size = locate(step - 1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)
+            if PERSISTENT:
+                wait(counter_ptr, step * shards, ASSEMBLY)
+                for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    state = load_state(y_ptr, offs_b, offs_k, pid_d, previous_start, previous_size, H, D, VEC)
+                    product = dot(state, columns[k], product, PRECISION, UPCAST)
+            else:
+                for k in range(0, H, BLOCK_K):
+                    offs_k = k + tl.arange(0, BLOCK_K)
+                    state = load_state(y_ptr, offs_b, offs_k, pid_d, previous_start, previous_size, H, D, VEC)
+                    w = load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H)
+                    product = dot(state, w, product, PRECISION, UPCAST)
+        advance(
+            x_ptr,
+            gate_ptr,
+            first_ptr,
+            y_ptr,
+            factor_ptr,
+            product,
+            offs_b,
+            offs_n,
+            pid_d,
+            t,
+            start,
+            size,
+            previous_size,
+            B,
+            stride_xt,
+            stride_xb,
+            stride_xd,
+            H,
+            D,
+            EFFECT,
+            PACKED,
+            HAS_FIRST,
+            HAS_FACTOR,
+            VEC,
+        )
+        if PERSISTENT:
+            signal(counter_ptr)

@@ -3,28 +3,28 @@
 import re
 import sys
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .language.commands import sample_text, train_char_rnn
+from .language.hello import show_hello
 from .layers import Ops
+from .options import DeviceOption, ResumeOption, console, find_device, given_settings
 from .predict import predict_probability, read_image, save_prediction
+from .recurrent.bptt import show_bptt
 from .segmentation.unet import Padding
 from .training.checkpoint import write_json
-from .training.config import SegmentationConfig
+from .training.config import Optimizer, SegmentationConfig
 from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
 from .training.train import train
 
-Device = Literal["auto", "cpu", "cuda"]
-
 DEFAULT = SegmentationConfig()
-console = Console()
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -34,8 +34,10 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a network.")
 app.add_typer(train_app, name="train")
-
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU if there is one.")]
+train_app.command("char-rnn")(train_char_rnn)
+app.command("sample")(sample_text)
+show_app = typer.Typer(no_args_is_help=True, help="Show one idea of recurrent networks in numbers.")
+app.add_typer(show_app, name="show")
 
 
 @train_app.command("unet")
@@ -49,9 +51,7 @@ def train_unet(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, curves and pictures.")] = Path("runs/unet"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")
-    ] = False,
+    resume: ResumeOption = False,
     val: Annotated[
         str,
         typer.Option(help="Held-out images by number from 0, e.g. 25-29 or 3,8,20-24. Default: the last tenth."),
@@ -65,9 +65,7 @@ def train_unet(
     depth: Annotated[int, typer.Option(help="Number of max-pools.")] = DEFAULT.depth,
     padding: Annotated[Padding, typer.Option(help="valid as published, or zero padding.")] = DEFAULT.padding,
     dropout: Annotated[float, typer.Option(help="At the end of the contracting path.")] = DEFAULT.dropout,
-    optimizer: Annotated[
-        Literal["sgd", "adamw"], typer.Option(help="sgd has the paper's momentum of 0.99.")
-    ] = DEFAULT.optimizer,
+    optimizer: Annotated[Optimizer, typer.Option(help="sgd has the paper's momentum of 0.99.")] = DEFAULT.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.lr,
     schedule: Annotated[
         Literal["constant", "cosine"], typer.Option(help="cosine: the rate falls to zero over --steps.")
@@ -92,11 +90,7 @@ def train_unet(
     Writes best.safetensors, last.safetensors, config.json, history.json, metrics.json, loss.png and samples/
     into --out. A run that was stopped goes on with --resume, to the same losses as if it had not been.
     """
-    given = {}
-    for field in fields(SegmentationConfig):
-        source = context.get_parameter_source(field.name)
-        if source is not None and source.name == "COMMANDLINE":
-            given[field.name] = context.params[field.name]
+    given = given_settings(context, SegmentationConfig)
     if data is not None:
         given["data"] = str(data)
     if val:
@@ -152,12 +146,27 @@ def predict(
         console.print(f"{path} -> {out}: {names}", highlight=False, soft_wrap=True, markup=False)
 
 
+@show_app.command()
+def hello() -> None:
+    """Train a network of three units to spell "hello", and print what it thinks at each letter."""
+    show_hello(console)
+
+
+@show_app.command()
+def bptt(
+    out: Annotated[Path, typer.Option(help="PNG for the plot.")] = Path("runs/bptt.png"),
+) -> None:
+    """Compare backpropagation through time by hand, by autograd, by differences, and truncated; plot the error of
+    truncation against the chunk length."""
+    show_bptt(out, console)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small U-Net on generated cells and show what it learns (about three minutes on two CPU
-    cores)."""
+    """Train a small U-Net on generated cells and a char-RNN on Python's own source, and show what they learn
+    (about four minutes on two CPU cores)."""
     from .demo import run_demo
 
     run_demo(out, console)
@@ -181,14 +190,6 @@ def parse_indices(text: str) -> tuple[int, ...]:
             raise ValueError(f"--val {text}: {part!r} is neither a number nor a range like 25-29")
         indices |= set(numbers)
     return tuple(sorted(indices))
-
-
-def find_device(device: Device) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here (backstride doctor says more); use --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def main() -> None:

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import fused_ops
+from .language.hello import show_hello
 from .predict import predict_logits
-from .training.config import SegmentationConfig
+from .training import language
+from .training.config import CharRNNConfig, SegmentationConfig
 from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
 from .training.train import BEST, LAST, train
 from .visual import overlay, sample_sheet, save_picture
@@ -22,16 +24,46 @@ from .visual import overlay, sample_sheet, save_picture
 CONFIG = SegmentationConfig(
     width=12, depth=3, tile=220, batch_size=2, steps=300, every=100, optimizer="adamw", lr=3e-3, schedule="cosine"
 )
+TEXT_CONFIG = CharRNNConfig(steps=2000, every=2000)
 
 
-def run_demo(out: Path, console: Console, config: SegmentationConfig = CONFIG) -> None:
-    """Trains a small U-Net on generated cells, checks one layer in the interpreter, and says what it made in `out`.
+def run_demo(
+    out: Path, console: Console, config: SegmentationConfig = CONFIG, text_config: CharRNNConfig = TEXT_CONFIG
+) -> None:
+    """Trains a small U-Net on generated cells and a char-RNN on Python's own source, and says what it made in `out`.
 
     An earlier demo in `out` is overwritten.
     """
     started = time.perf_counter()
-    for name in (LAST, BEST):
-        (out / name).unlink(missing_ok=True)
+    for folder in (out, out / "char-rnn"):
+        for name in (LAST, BEST):
+            (folder / name).unlink(missing_ok=True)
+    demo_unet(out, console, config)
+    demo_char_rnn(out / "char-rnn", console, text_config)
+    console.print(f"The demo took {time.perf_counter() - started:.0f} s.", highlight=False)
+
+
+def demo_char_rnn(out: Path, console: Console, config: CharRNNConfig) -> None:
+    """Trains a char-RNN; in the course of it, it prints what the network writes."""
+    show_hello(console)
+    streams, config = language.open_text(config)
+    task = language.CharRNNTask(config, streams)
+    count = sum(parameter.numel() for parameter in task.network.parameters())
+    console.print(
+        f"The same network, larger ({count:,} parameters), reads the source of Python's own library, {config.steps} "
+        f"steps of {task.counted_per_step:,} characters. What it writes, at first and later:",
+        highlight=False,
+    )
+    history = train(task, config, out, console=console)
+    console.print(
+        f"On unseen source it needs {history['bits_per_character'][-1][1]:.2f} bits per character. More of it: "
+        f"backstride sample --checkpoint {out}",
+        highlight=False,
+    )
+
+
+def demo_unet(out: Path, console: Console, config: SegmentationConfig) -> None:
+    """Trains a small U-Net, and checks one layer in the interpreter."""
     training, validation, config = open_data(config)
     task = SegmentationTask(config, training, validation)
     count = sum(parameter.numel() for parameter in task.network.parameters())
@@ -63,7 +95,6 @@ def run_demo(out: Path, console: Console, config: SegmentationConfig = CONFIG) -
     numbers.add_row(
         f"conv_transpose2d by the {layer['path']}: largest difference from torch", f"{layer['difference']:.1e}"
     )
-    numbers.add_row("time", f"{time.perf_counter() - started:.0f} s")
     console.print(numbers)
     files = Table("what was made", "")
     for name, meaning in {

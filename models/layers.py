@@ -78,3 +78,9 @@ class UpConvConcat2d(nn.ConvTranspose2d):
                 self.dilation,
             )
         return torch.cat([skip, super().forward(input)], dim=1)
+
+
+def rnn(*args, ops: Ops = "fused", **kwargs) -> nn.RNN:
+    """A torch.nn.RNN, computed by `ops`. Takes torch.nn.RNN's arguments."""
+    check_ops(ops)
+    return (getattr(fused_ops, "RNN", nn.RNN) if ops == "fused" else nn.RNN)(*args, **kwargs)

@@ -51,7 +51,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     _write(buffer.getvalue(), Path(path))
 
 
-def _save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     _write(buffer.getvalue(), Path(path))
@@ -185,7 +185,7 @@ def loss_curve(
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def sample_sheet(
@@ -224,7 +224,7 @@ def sample_sheet(
             axes.spines[:].set_visible(False)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _regions(mask: Tensor) -> Tensor:

@@ -14,38 +14,53 @@ import torch
 from backstride.models.training import train as train_module
 from backstride.models.training.checkpoint import write_json
 from backstride.models.training.config import TrainingConfig
-from backstride.models.training.train import seed_everything, train
+from backstride.models.training.task import Task, seed_everything
+from backstride.models.training.train import train
 from rich.console import Console
 from torch import Tensor, nn
 
 CONFIG = TrainingConfig(steps=10, every=4, optimizer="adamw", lr=0.01, schedule="cosine", seed=3)
 
 
-class NoisyTask:
-    """A regression of which every part is random: dropout by torch, noise by numpy and by Python."""
+class NoisyTask(Task[nn.Sequential]):
+    """A regression of which every part is random (dropout by torch, noise by numpy and by Python), and whose loss
+    depends on what the step before handed on."""
 
     score = "fit"
+    higher_is_better = True
+    counted = "img"
+    draw_at = (3,)
 
     def __init__(self, config: TrainingConfig):
         seed_everything(config.seed)
         self.seed = config.seed
         self.network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
+        self.carried = torch.zeros(())
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         return (torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(1000 * self.seed + step)),)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         noise = np.random.standard_normal() + random.gauss(0, 1)
-        return (self.network(batch[0]).float() - batch[0].mean() - 0.1 * noise).square().mean()
+        output = self.network(batch[0]).float() + self.carried
+        self.carried = 0.5 * output.detach().mean()
+        return (output - batch[0].mean() - 0.1 * noise).square().mean()
 
     def validate(self) -> dict[str, float]:
         with torch.no_grad():
             value = self.network(torch.ones(1, 1, 5, 5)).mean().item()
         return {"validation": value**2, "fit": -(value**2)}
 
-    def draw(self, path: Path) -> None:
+    def draw(self, path: Path) -> str:
         path.parent.mkdir(exist_ok=True)
         path.write_text("picture")
+        return "a *[bold]picture*"
+
+    def state(self) -> dict[str, Tensor]:
+        return {"carried": self.carried}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.carried = state["carried"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -99,7 +114,8 @@ def _train_in_child(folder: Path, resume: bool, moment: tuple[str, int] | None) 
 
 def main(folder: Path) -> None:
     # In this process, so that what torch imports at its first step is there for all children.
-    train_module.loss_curve = write_json  # drawing takes longer than all the rest
+    # Drawing takes longer than all the rest.
+    train_module.loss_curve = lambda curves, path, **_: write_json(curves, path)
     train(NoisyTask(CONFIG), CONFIG, folder / "whole", console=Console(quiet=True))
     expected = contents(folder / "whole")
     moments = [("loss", step) for step in (1, 3, 6, 10)]

@@ -119,10 +119,18 @@ def test_mistakes_with_an_existing_run(trained: Path, monkeypatch, capsys):
     assert contents(trained) == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "unet"], ["predict"], ["demo"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["train"], ["train", "unet"], ["train", "char-rnn"], ["predict"], ["sample"], ["show"], ["demo"], ["doctor"]],
+)
 def test_help(arguments, monkeypatch, capsys):
     assert run_cli(monkeypatch, *arguments, "--help") == 0
     assert "Usage: backstride" in capsys.readouterr().out
+
+
+def test_show(tmp_path: Path, monkeypatch, capsys):
+    assert run_cli(monkeypatch, "show", "bptt", "--out", tmp_path / "runs" / "bptt.png") == 0
+    assert "autograd" in capsys.readouterr().out and contents(tmp_path).keys() == {"runs/bptt.png"}
 
 
 def test_parse_indices():
@@ -156,8 +164,10 @@ def test_demo(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "open_data", lambda config: (TouchingCells(8, 96), TouchingCells(2, 96, seed=1), config))
     easier = {"width": 8, "depth": 2, "tile": 100, "elastic": 0.0, "border_weight": 0.0, "lr": 0.01}
     config = replace(demo.CONFIG, steps=120, every=60, ops="torch", **easier)
-    demo.run_demo(tmp_path, cli.console, replace(config, steps=1))
-    demo.run_demo(tmp_path, cli.console, config)  # a second demo overwrites the first
+    text_config = replace(demo.TEXT_CONFIG, width=4, steps=100, every=100, ops="torch")
+    demo.run_demo(tmp_path, cli.console, replace(config, steps=1), replace(text_config, steps=1))
+    capsys.readouterr()
+    demo.run_demo(tmp_path, cli.console, config, text_config)  # a second demo overwrites the first
     written = capsys.readouterr().out
     scores = [float(line.split("│")[2]) for line in written.splitlines() if "mean IoU on unseen" in line]
     before, after = scores[-2:]
@@ -165,6 +175,9 @@ def test_demo(tmp_path: Path, monkeypatch, capsys):
     for name in ("before-and-after.png", "overlay-before.png", "overlay-after.png", "loss.png"):
         assert Image.open(tmp_path / name).size[0] > 50
     assert "interpreted kernel" in written
+    assert 'Sampled greedily from "h": "ello"' in written
+    assert (tmp_path / "char-rnn" / "samples" / "step-000100.txt").read_text().splitlines()[0] in written
+    assert "bits per character" in written
 
 
 def test_the_interpreted_layer_agrees():

@@ -19,7 +19,8 @@ from backstride.models.training.checkpoint import (
 )
 from backstride.models.training.config import SegmentationConfig
 from backstride.models.training.segmentation import SegmentationTask, evaluate, load_network, open_data
-from backstride.models.training.train import learning_rate, make_optimizer, prefetch, seed_everything, train
+from backstride.models.training.task import seed_everything
+from backstride.models.training.train import make_optimizer, prefetch, train
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_an_interrupted_run_resumes_bitwise(tmp_path: Path, optimizer, precision):
     config = replace(CONFIG, optimizer=optimizer, precision=precision, steps=6, every=2)
@@ -115,10 +116,10 @@ def test_an_infinite_loss_stops_the_run(tmp_path: Path):
 
 
 def test_schedules():
-    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
+    rates = [CONFIG.learning_rate(step) for step in range(CONFIG.steps)]
     assert rates[0] == CONFIG.lr and rates[5] == pytest.approx(CONFIG.lr / 2)
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.03 * CONFIG.lr
-    assert {learning_rate(replace(CONFIG, schedule="constant"), step) for step in range(20)} == {CONFIG.lr}
+    assert {replace(CONFIG, schedule="constant").learning_rate(step) for step in range(20)} == {CONFIG.lr}
     paper = make_optimizer(nn.Linear(1, 1), replace(CONFIG, optimizer="sgd"))
     assert isinstance(paper, torch.optim.SGD) and paper.param_groups[0]["momentum"] == 0.99
 
@@ -159,10 +160,11 @@ def test_checkpoints_restore_every_generator(tmp_path: Path):
         return [torch.rand(()).item(), np.random.rand(), np.random.randn(), random.random(), random.gauss(0, 1)]
 
     draw()
-    save_checkpoint(tmp_path / "c", task.network, optimizer, scaler, 7, {"train": [(1, 0.1)]})
+    history, state = {"train": [(1, 0.1)]}, {"carried": torch.tensor(3)}
+    save_checkpoint(tmp_path / "c", task.network, optimizer, scaler, 7, history, state)
     expected = draw()
     seed_everything(99)
-    assert load_checkpoint(tmp_path / "c", task.network, optimizer, scaler) == (7, {"train": [(1, 0.1)]})
+    assert load_checkpoint(tmp_path / "c", task.network, optimizer, scaler) == (7, history, state)
     assert draw() == expected
 
 
@@ -194,7 +196,7 @@ def test_config_file(tmp_path: Path):
     [
         ({"steps": 0}, "steps=0"),
         ({"lr": -1.0}, r"lr=-1\.0"),
-        ({"optimizer": "lion"}, "optimizer='lion' is unknown: choose 'sgd' or 'adamw'"),
+        ({"optimizer": "lion"}, "optimizer='lion' is unknown: choose 'sgd' or 'adamw' or 'rmsprop'"),
         ({"schedule": "step"}, "schedule='step'"),
         ({"precision": "fp8"}, "precision='fp8'"),
     ],
@@ -346,5 +348,6 @@ def test_progress_in_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     train(NoisyTask(CONFIG), CONFIG, tmp_path, console=Console())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 1/10  loss ") and lines[0].endswith(" img/s")
+    assert "a *[bold]picture*" in lines[lines.index("step 3:") + 1]
     assert [line for line in lines if "validation" in line][-1].startswith("step 10: validation ")
     assert not any(math.isnan(float(line.split()[3])) for line in lines if "loss" in line)

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,20 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     step: int,
     history: History,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Everything that decides how a run goes on after `step` steps, in one atomic write.
 
-    That is the weights, the optimiser's tensors, the loss scaler, the history, and the state of the random
-    number generators of torch (CPU and every GPU), numpy and Python. The batches and the learning rate are
-    functions of the step alone, so the step is the loader's position and the schedule's state. What is fixed
-    by the settings (the optimiser's hyper-parameters) is not stored twice: it stands in the run's
-    config.json.
+    That is the weights, the optimiser's tensors, the loss scaler, the history, the task's own `state`, and the
+    state of the random number generators of torch (CPU and every GPU), numpy and Python. The batches and the
+    learning rate are functions of the step alone, so the step is the loader's position and the schedule's
+    state. What is fixed by the settings (the optimiser's hyper-parameters) is not stored twice: it stands in
+    the run's config.json.
     """
-    state = optimizer.state_dict()["state"]
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for index, entries in state.items():
+    for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in entries.items()}
+    tensors |= {f"state.{name}": tensor for name, tensor in state.items()}
     tensors["rng.torch"] = torch.get_rng_state()
     for index, cuda_state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
         tensors[f"rng.cuda.{index}"] = cuda_state
@@ -99,15 +100,18 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[int, History]:
-    """Restores what `save_checkpoint` stored, random number generators included; returns (step, history)."""
+) -> tuple[int, History, dict[str, Tensor]]:
+    """Restores what `save_checkpoint` stored, random number generators included.
+
+    Returns (step, history, the task's state).
+    """
     tensors, metadata = _read(path)
     _load_network(network, _section(tensors, "network."), path)
-    state: dict[int, dict[str, Tensor]] = {}
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _section(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer_state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(metadata["scaler"])
     torch.set_rng_state(tensors["rng.torch"])
     cuda_states = _section(tensors, "rng.cuda.")
@@ -118,7 +122,7 @@ def load_checkpoint(
     version, words, gauss = metadata["python_rng"]
     random.setstate((version, tuple(words), gauss))
     history = {name: [(step, value) for step, value in curve] for name, curve in metadata["history"].items()}
-    return metadata["step"], history
+    return metadata["step"], history, _section(tensors, "state.")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -133,7 +137,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        # Cloned, because in the file they are not aligned as torch aligns its own: the linear algebra library would sum
+        # in another order, and a resumed run would not be bitwise the same.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

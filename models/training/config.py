@@ -1,14 +1,16 @@
 """The settings of a training run, saved as config.json beside its checkpoints."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from ..layers import Ops
 from ..segmentation.unet import Padding
 from .checkpoint import write_json
 
+Optimizer = Literal["sgd", "adamw", "rmsprop"]
 CONFIG_NAME = "config.json"
 
 
@@ -18,8 +20,9 @@ class TrainingConfig:
 
     steps: int = 2000
     batch_size: int = 1
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """"sgd" has the U-Net paper's momentum of 0.99; "adamw" torch's defaults."""
+    optimizer: Optimizer = "sgd"
+    """"sgd" has the U-Net paper's momentum of 0.99, "rmsprop" char-rnn's alpha of 0.95, "adamw" torch's
+    defaults."""
     lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     """"cosine" falls from lr to zero over `steps`."""
@@ -35,9 +38,21 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr}: must be positive")
-        _check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("schedule", self.schedule, ("constant", "cosine"))
         _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+
+    @property
+    def largest_gradient(self) -> float:
+        """Every element of the gradient is clamped to plus or minus this."""
+        return math.inf
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the step after `step` steps: a function of settings and step alone, so resuming needs no
+        more."""
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -95,6 +110,60 @@ class SegmentationConfig(TrainingConfig):
     """sigma of the border weight map, in pixels."""
     in_channels: int = 1
     num_classes: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CharRNNConfig(TrainingConfig):
+    """A character model and its text; the defaults are those of char-rnn's train.lua."""
+
+    text: str | None = None
+    """A file in UTF-8; None: the source of Python's own library."""
+    layers: int = 2
+    width: int = 128
+    embedding: int = 0
+    """Length of the learnt vector that stands for a character; 0: one-hot."""
+    dropout: float = 0.0
+    unroll: int = 50
+    """Characters through which the gradient flows back (truncated BPTT); the state is carried further."""
+    validation: float = 0.05
+    """Share of the text that is held out to choose the best network ..."""
+    test: float = 0.0
+    """... and share that is left for the very end."""
+    batch_size: int = 50
+    optimizer: Optimizer = "rmsprop"
+    lr: float = 2e-3
+    decay: float = 0.97
+    """Factor of the learning rate after each epoch, from `decay_after` epochs on."""
+    decay_after: int = 10
+    clip: float = 5.0
+    """Largest value of an element of the gradient, 0: any. Of the loss summed over time, as char-rnn sums it."""
+    every: int = 1000
+    ops: Ops = "fused"
+    vocabulary: str = ""
+    """The text's characters in order."""
+    epoch: int = 0
+    """Steps in which the training text is read once."""
+    digest: str = ""
+    """SHA-256 of the text: a run goes on with the text that it began with, or not at all."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay={self.decay}: must be above 0 and at most 1")
+        for name in ("decay_after", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.clip < 0:
+            raise ValueError(f"clip={self.clip}: must be positive, or 0 for no clipping")
+
+    @property
+    def largest_gradient(self) -> float:
+        # The loss is an average over the time steps.
+        return self.clip / self.unroll if self.clip else math.inf
+
+    def learning_rate(self, step: int) -> float:
+        epochs = step // self.epoch
+        return super().learning_rate(step) * self.decay ** max(0, epochs - self.decay_after + 1)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,22 +9,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Report:
-    """A progress bar with the loss and the images per second, or plain lines where the output is no
-    terminal."""
+    """A progress bar with the loss and the speed, or plain lines where the output is no terminal.
 
-    def __init__(self, steps: int, done: int, batch_size: int, console: Console):
-        self.steps, self.batch_size, self.console = steps, batch_size, console
+    One step takes `per_step` of what `counted` names.
+    """
+
+    def __init__(self, steps: int, done: int, counted: str, per_step: int, console: Console):
+        self.steps, self.counted, self.per_step, self.console = steps, counted, per_step, console
         self.line_every = max(1, steps // 20)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} img/s"),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.bar = self.progress.add_task("", total=steps, completed=done, loss=math.nan, rate=math.nan)
+        self.bar = self.progress.add_task("", total=steps, completed=done, loss=math.nan, speed="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -34,11 +36,17 @@ class Report:
         self.progress.stop()
 
     def step(self, step: int, loss: float) -> None:
-        rate = (self.progress.tasks[self.bar].speed or math.nan) * self.batch_size
-        self.progress.update(self.bar, completed=step, loss=loss, rate=rate)
+        rate = (self.progress.tasks[self.bar].speed or math.nan) * self.per_step
+        speed = f"{rate:,.2f} {self.counted}/s" if rate < 100 else f"{rate:,.0f} {self.counted}/s"
+        self.progress.update(self.bar, completed=step, loss=loss, speed=speed)
         if not self.console.is_terminal and step % self.line_every == 0:
-            self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.2f} img/s", highlight=False)
+            self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {speed}", highlight=False)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.console.print(f"step {step}: {values}", highlight=False, soft_wrap=True)
+
+    def sample(self, step: int, text: str) -> None:
+        if text:
+            self.console.print(f"[bold]step {step}:[/]")
+            self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

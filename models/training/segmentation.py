@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import Subset
 
 from ..data.augment import elastic_deformation, mirror_pad, random_crop, random_flip_rotate
@@ -19,9 +19,9 @@ from ..metrics import ConfusionMatrix, v_scores
 from ..predict import predict_logits, predict_probability
 from ..segmentation.unet import UNet
 from ..visual import sample_sheet
-from .checkpoint import load_weights
 from .config import SegmentationConfig
-from .train import BEST, LAST, Batch, seed_everything
+from .task import Batch, Task, make_generator, seed_everything
+from .train import load_trained
 
 IGNORE = 255
 CELLS_TRAINING, CELLS_VALIDATION, CELLS_SIZE = 32, 4, 256
@@ -53,12 +53,9 @@ def load_network(folder: Path) -> tuple[UNet, SegmentationConfig]:
     ValueError if `folder` holds no run, or one that has saved no checkpoint yet.
     """
     config = SegmentationConfig.read(folder)
-    for path in (folder / BEST, folder / LAST):
-        if path.is_file():
-            network = build_network(config)
-            load_weights(network, path)
-            return network.eval(), config
-    raise ValueError(f"the run in {folder} has not saved a checkpoint yet: wait for it, or resume it")
+    network = build_network(config)
+    load_trained(network, folder)
+    return network, config
 
 
 def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfig]:
@@ -81,7 +78,7 @@ def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfi
     return Subset(data, training), Subset(data, held_out), config
 
 
-class SegmentationTask:
+class SegmentationTask(Task[UNet]):
     """Crops with the paper's augmentation, its weighted cross-entropy, and validation by overlapping tiles.
 
     Seeds the global random number generators with config.seed before it initialises the network. `config`
@@ -89,6 +86,10 @@ class SegmentationTask:
     """
 
     score = "mean_iou"
+    higher_is_better = True
+    per = "pixel"
+    counted = "img"
+    sample_suffix = ".png"
 
     def __init__(
         self, config: SegmentationConfig, training: Data, validation: Data, device: torch.device | str = "cpu"
@@ -99,6 +100,7 @@ class SegmentationTask:
         self.network.output_size(config.tile)  # says which tile would fit
         self.network.to(device)
         self.device = device
+        self.counted_per_step = config.batch_size
         self.class_weights = class_weights((mask for _, mask in _items(training)), config.num_classes)
         self.example = lru_cache(maxsize=256)(self._example)
         self.drawn: list[list[Tensor]] = []
@@ -122,8 +124,8 @@ class SegmentationTask:
         """The number-th crop of the run. An epoch shows every image once, in an order of its own."""
         c = self.config
         count = len(self.training)
-        order = torch.randperm(count, generator=_generator(c.seed, 0, number // count))
-        generator = _generator(c.seed, 1, number)
+        order = torch.randperm(count, generator=make_generator(c.seed, 0, number // count))
+        generator = make_generator(c.seed, 1, number)
         stack, mask = self.example(int(order[number % count]))
         stack, mask = random_flip_rotate(stack, mask, generator)
         if c.elastic > 0:
@@ -157,9 +159,10 @@ class SegmentationTask:
             "mean_dice": confusion.mean_dice(),
         }
 
-    def draw(self, path: Path) -> None:
+    def draw(self, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         sample_sheet(self.drawn, path, ("image", "truth", "prediction"))
+        return ""
 
 
 def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) -> dict[str, float]:
@@ -191,9 +194,3 @@ def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) 
 def _items(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
     for index in range(len(data)):
         yield data[index]
-
-
-def _generator(seed: int, *key: int) -> Generator:
-    """A generator for one purpose, independent of those with other keys."""
-    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
-    return Generator().manual_seed(int(state[0]))

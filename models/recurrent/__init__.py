@@ -1,0 +1,1 @@
+"""Recurrent networks small enough to follow by hand."""

@@ -80,7 +80,7 @@ class UpConvConcat2d(nn.ConvTranspose2d):
         return torch.cat([skip, super().forward(input)], dim=1)
 
 
-def rnn(*args, ops: Ops = "fused", **kwargs) -> nn.RNN:
+def rnn(*args, ops: Ops = "fused", **kwargs) -> nn.RNNBase:
     """A torch.nn.RNN, computed by `ops`. Takes torch.nn.RNN's arguments."""
     check_ops(ops)
-    return (getattr(fused_ops, "RNN", nn.RNN) if ops == "fused" else nn.RNN)(*args, **kwargs)
+    return (fused_ops.RNN if ops == "fused" else nn.RNN)(*args, **kwargs)

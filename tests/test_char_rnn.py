@@ -188,6 +188,20 @@ def test_validation_loss_is_that_of_the_text_in_one_piece(config):
     assert metrics["bits_per_character"] == pytest.approx(expected / math.log(2), rel=1e-6)
 
 
+def test_context_is_read_but_does_not_count(config):
+    task = make_task(config)
+    network, streams = task.network.eval(), task.streams
+    chunks = range(7, 9)
+    characters, targets = (torch.cat([streams[chunk][part] for chunk in range(4, 9)]) for part in (0, 1))
+    with torch.no_grad():
+        logits, _ = network(characters)
+    expected = F.cross_entropy(logits[3 * 5 :].flatten(0, 1), targets[3 * 5 :].flatten()).item()
+    assert evaluate(network, streams, chunks, 3) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(network, streams, chunks) != pytest.approx(expected, rel=1e-6)
+    # There is nothing before the beginning of the text.
+    assert evaluate(network, streams, range(2, 4), 9) == evaluate(network, streams, range(2, 4), 2)
+
+
 def test_published_settings():
     """The defaults are those of char-rnn's train.lua."""
     config = CharRNNConfig(epoch=423)
@@ -295,7 +309,9 @@ def test_train_and_sample_by_command_line(config, tmp_path: Path, monkeypatch, c
     wanted = {"best.safetensors", "last.safetensors", "config.json", "history.json", "metrics.json", "loss.png"}
     assert set(contents(trained)) == wanted | {"samples/step-000002.txt", "samples/step-000004.txt"}
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert list(metrics) == ["validation", "test"]
+    after = " after 10 chunks before it"
+    assert list(metrics) == ["validation", "validation" + after, "test", "test" + after]
+    assert len({losses["nats per character"] for losses in metrics.values()}) == 4
     for losses in metrics.values():
         assert losses["bits per character"] == pytest.approx(losses["nats per character"] / math.log(2))
 

@@ -20,6 +20,7 @@ from .sampling import sample
 
 DEFAULT = CharRNNConfig()
 EPOCHS = 50
+CONTEXT = 10
 
 
 def train_char_rnn(
@@ -90,9 +91,11 @@ def train_char_rnn(
 
     network, _ = load_network(out)
     network.to(task.device)
-    metrics = {"validation": _losses(evaluate(network, streams, streams.validation))}
-    if streams.test:
-        metrics["test"] = _losses(evaluate(network, streams, streams.test))
+    metrics = {}
+    for name, chunks in {"validation": streams.validation, "test": streams.test}.items():
+        if chunks:
+            metrics[name] = _losses(evaluate(network, streams, chunks))
+            metrics[f"{name} after {CONTEXT} chunks before it"] = _losses(evaluate(network, streams, chunks, CONTEXT))
     write_json(metrics, out / "metrics.json")
     table = Table("best network", *metrics["validation"])
     for name, losses in metrics.items():

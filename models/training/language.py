@@ -111,12 +111,17 @@ def next_character_loss(network: CharRNN, batch: Batch, hidden: Tensor | None) -
 
 
 @torch.no_grad()
-def evaluate(network: CharRNN, streams: TextStreams, chunks: range) -> float:
-    """Mean cross-entropy in nats per character over consecutive chunks, from a zero state on."""
+def evaluate(network: CharRNN, streams: TextStreams, chunks: range, context: int = 0) -> float:
+    """Mean cross-entropy in nats per character over consecutive chunks.
+
+    It starts from a zero state, as char-rnn does. With `context` it first reads so many of the chunks before, whose
+    loss doesn't count: the text doesn't begin there, and a network that knows what went before does better at first.
+    """
     device = next(network.parameters()).device
     hidden, total = None, 0.0
-    for chunk in chunks:
+    for chunk in range(max(0, chunks.start - context), chunks.stop):
         characters, targets = (part.to(device) for part in streams[chunk])
         loss, hidden = next_character_loss(network, (characters, targets), hidden)
-        total += loss.item()
+        if chunk in chunks:
+            total += loss.item()
     return total / len(chunks)

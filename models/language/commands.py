@@ -21,6 +21,7 @@ from .sampling import sample
 DEFAULT = CharRNNConfig()
 EPOCHS = 50
 CONTEXT = 10
+"""Chunks before the held-out text that are read first for the losses "with context"."""
 
 
 def train_char_rnn(
@@ -69,7 +70,8 @@ def train_char_rnn(
     """Train a vanilla RNN to write text, character by character; the defaults are Karpathy's char-rnn.
 
     Writes best.safetensors, last.safetensors, config.json, history.json, metrics.json, loss.png and samples/
-    (also after 100, 300, 500 and 2000 steps) into --out. A run that was stopped goes on with --resume, to the
+    (also after 100, 300, 500 and 2000 steps) into --out. The final losses start from a zero state, as char-rnn's do,
+    and "with context" from the state that the text just before leaves. A run that was stopped goes on with --resume, to the
     same losses as if it had not been.
     """
     given = given_settings(context, CharRNNConfig)
@@ -95,7 +97,7 @@ def train_char_rnn(
     for name, chunks in {"validation": streams.validation, "test": streams.test}.items():
         if chunks:
             metrics[name] = _losses(evaluate(network, streams, chunks))
-            metrics[f"{name} after {CONTEXT} chunks before it"] = _losses(evaluate(network, streams, chunks, CONTEXT))
+            metrics[f"{name} with context"] = _losses(evaluate(network, streams, chunks, CONTEXT))
     write_json(metrics, out / "metrics.json")
     table = Table("best network", *metrics["validation"])
     for name, losses in metrics.items():

@@ -70,9 +70,9 @@ def train_char_rnn(
     """Train a vanilla RNN to write text, character by character; the defaults are Karpathy's char-rnn.
 
     Writes best.safetensors, last.safetensors, config.json, history.json, metrics.json, loss.png and samples/
-    (also after 100, 300, 500 and 2000 steps) into --out. The final losses start from a zero state, as char-rnn's do,
-    and "with context" from the state that the text just before leaves. A run that was stopped goes on with --resume, to the
-    same losses as if it had not been.
+    (also after 100, 300, 500 and 2000 steps) into --out. The final losses start from a zero state, as char-rnn's
+    do, and "with context" from the state that the text just before leaves. A run that was stopped goes on with
+    --resume, to the same losses as if it had not been.
     """
     given = given_settings(context, CharRNNConfig)
     if text is not None:

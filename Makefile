@@ -18,7 +18,7 @@ PYTEST := -m pytest -n 2 --dist worksteal --timeout 600
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9.-]*:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## Train a small U-Net on generated cells and show what it learned
+demo: $(READY)  ## Train a small U-Net on generated cells and a char-RNN on Python source, and show what they learned
 	$(BIN)/backstride demo
 
 test: $(READY) test-triton-3.6  ## Run all tests, with the pinned Triton and with the older one

@@ -1,1 +1,1 @@
-"""Data sets and augmentation for segmentation."""
+"""Data sets, texts and augmentation."""

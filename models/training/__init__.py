@@ -1,1 +1,1 @@
-"""Training: a loop for any network, exact resume, and the segmentation networks' task."""
+"""Training: a loop for any network, exact resume, and a task for each kind of network."""

@@ -1,6 +1,6 @@
 """Compile a Triton kernel for a GPU that isn't there, and read what the compiler reports about it.
 
-`compile_kernel` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one kernel,
+`compile_case` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one kernel,
 configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this module
 runs in a process of its own: `python -m tests.cross_compile` prints the table of all shipped kernels as CSV.
 """
@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+import torch
 
 
 class Target(NamedTuple):
@@ -36,7 +38,24 @@ TARGETS = {
 
 OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK")
+# fp16 compiles to the same code as bf16 but for the instructions' types.
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "mfma")
+
+
+class Case(NamedTuple):
+    """A kernel as it would be launched.
+
+    `signature` names the type of every run-time argument ("*fp16", "i32"); `constants` holds the constexpr arguments,
+    run-time arguments fixed to a value, and launch options.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    name: str
+    dtype: str  # a key of DTYPES
 
 
 @dataclass(frozen=True)
@@ -80,23 +99,16 @@ def _matrix_instruction(compiled: Any) -> str:
     return next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
 
 
-def compile_kernel(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: str, case: str, dtype: str
-) -> Compiled:
-    """Compile `kernel` for `target` (a key of TARGETS).
-
-    `signature` names the type of every run-time argument ("*fp16", "i32"); `constants` holds the constexpr arguments,
-    run-time arguments fixed to a value, and num_warps and num_stages. Pointers are taken as 16-byte aligned, as
-    torch's allocator makes them.
-    """
+def compile_case(case: Case, target: str) -> Compiled:
+    """Compile for `target` (a key of TARGETS). Pointers are 16-byte aligned, as torch's allocator makes them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     backend, arch, warp, *_ = TARGETS[target]
-    constants = dict(constants)
+    kernel, constants = case.kernel, dict(case.constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    types = {name: "constexpr" if name in constants else case.signature[name] for name in kernel.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
@@ -109,8 +121,8 @@ def compile_kernel(
     return Compiled(
         target,
         kernel.__name__,
-        case,
-        dtype,
+        case.name,
+        case.dtype,
         f"{'x'.join(blocks)} w{options['num_warps']} s{options['num_stages']}",
         registers,
         spills,
@@ -130,7 +142,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-if __name__ == "__main__":
-    from .cross_compile_cases import compile_all
+def compile_all(targets: list[str]) -> list[Compiled]:
+    """One row for every distinct compilation, per target."""
+    from . import cross_compile_conv, cross_compile_rnn
 
+    rows: dict[tuple[str, ...], Compiled] = {}
+    for target in targets:
+        for family in (cross_compile_conv, cross_compile_rnn):
+            for case in family.cases(TARGETS[target]):
+                row = compile_case(case, target)
+                rows[(target, row.kernel, row.case, row.dtype)] = row
+    return list(rows.values())
+
+
+if __name__ == "__main__":
     write_table(compile_all(sys.argv[1:] or list(TARGETS)), sys.stdout)

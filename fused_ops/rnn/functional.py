@@ -86,9 +86,14 @@ def _path(call: Call) -> Path:
         return Path(ATEN, "an input that torch's own function refuses: it is called, and says why")
     if call.batch_sizes is None and call.input.shape[call.time_axis] == 0:
         return Path(ATEN, "a sequence of length 0, which torch's own function refuses")
-    if not _shapes_fit(call, _batch(call)):
+    batch = _batch(call)
+    if not _shapes_fit(call, batch):
         return Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
-    return kernel_path(call.input)
+    path = kernel_path(call.input)
+    if path.name == ATEN:
+        return path
+    regime = ops.regime(call.input, batch, call.params[1].shape[0], call.directions)
+    return Path(path.name, f"{path.reason}; {regime}")
 
 
 def _batch(call: Call) -> int:

@@ -10,12 +10,12 @@ of any order run on the same kernels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...kernels.rnn import Packing, reference
+from ...kernels.rnn import Packing, choose, reference
 from ...kernels.rnn import scan as launch_scan
 from ..dispatch import ATEN, kernel_path
 from .rows import first_rows, previous_rows
@@ -38,6 +38,18 @@ def _tf32(x: Tensor) -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def _wide(tensor: T) -> T:
+    return tensor.float() if tensor is not None and tensor.dtype.itemsize == 2 else tensor
+
+
+def regime(like: Tensor, batch: int, hidden: int, directions: int) -> str:
+    """How the kernels would run a layer of this size: "resident", "sharded" or "stepwise"."""
+    return choose(batch, hidden, directions, like, _tf32(like)).regime
+
+
 def _scan(
     x: Tensor,
     gate: Tensor | None,
@@ -57,9 +69,11 @@ def _scan(
     gate = None if gate is None else gate.contiguous()
     first = None if first is None else first.contiguous()
     if kernel_path(x).name == ATEN:
-        y.copy_(reference.scan(x, gate, first, matrix, packing, effect, backward=backward))
+        # As the kernels, 16-bit numbers are computed with in fp32.
+        exact = reference.scan(_wide(x), _wide(gate), _wide(first), _wide(matrix), packing, effect, backward=backward)
+        y.copy_(exact)
         if with_factor:
-            torch.mul(y, y, out=factor).neg_().add_(1)
+            factor.copy_(1 - exact * exact)
         return y, factor
     x = x if x.stride(-1) == 1 else x.contiguous()
     launch_scan(

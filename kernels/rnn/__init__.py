@@ -14,6 +14,6 @@ of the pre-activation). So `scan` computes both, and the gradients of each are s
     stepwise   one launch for each step
 """
 
-from .launch import Packing, scan
+from .launch import Packing, choose, scan
 
-__all__ = ["Packing", "scan"]
+__all__ = ["Packing", "choose", "scan"]

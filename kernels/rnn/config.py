@@ -32,26 +32,26 @@ def _power_of_two(size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_config(batch: int, hidden: int, directions: int, itemsize: int, tensor_cores: bool, device: Device):
+def choose_config(
+    batch: int, hidden: int, directions: int, itemsize: int, tensor_cores: bool, device: Device
+) -> RnnConfig:
     """Regime for one layer, by how much of its matrix one multiprocessor can hold in registers.
 
     A step waits for the one before it, so that the fewest and nearest exchanges win: none (resident), one between
     programs of one launch (sharded), one between launches (stepwise). `tensor_cores` is False for IEEE fp32.
     """
-    if hidden <= (256 if itemsize == 2 else 128):
-        block_n = _power_of_two(hidden)
+    block_n = _power_of_two(hidden)
+    whole = (block_n + 16) * block_n * itemsize <= device.shared_memory
+    if hidden <= (256 if itemsize == 2 else 128) and whole:
         block_b = 32 if directions * -(-batch // 16) > device.multiprocessors and block_n <= 128 else 16
-        return RnnConfig(RESIDENT, block_b, block_n, block_n, min(max(block_n // 32, 1), 8), 1)
-    shards = -(-hidden // 32)
-    if hidden * itemsize <= 2048 and tensor_cores:
-        for block_b in (16, 32):
-            if directions * -(-batch // block_b) * shards <= device.multiprocessors:
-                return RnnConfig(SHARDED, block_b, 32, 128, 4, 1)
-    return RnnConfig(
-        STEPWISE,
-        min(_power_of_two(batch), 64 if tensor_cores else 32),
-        32,
-        128 // itemsize if tensor_cores else 16,
-        4,
-        3,
-    )
+        num_warps = block_n // (32 if tensor_cores else 16)
+        return RnnConfig(RESIDENT, block_b, block_n, block_n, min(max(num_warps, 1), 8), 1)
+    columns, block_k, num_warps = (32, 64, 4) if itemsize == 2 else (32, 128, 8)
+    shards = -(-hidden // columns)
+    for block_b in (16, 32):
+        shared = (-(-hidden // block_k) * columns + block_b) * block_k * itemsize
+        together = directions * -(-batch // block_b) * shards <= device.multiprocessors
+        if tensor_cores and together and shared <= device.shared_memory:
+            return RnnConfig(SHARDED, block_b, columns, block_k, num_warps, 1)
+    block_b = min(_power_of_two(batch), 64 if itemsize == 2 else 32)
+    return RnnConfig(STEPWISE, block_b, columns, 128 // itemsize if tensor_cores else 16, 4, 3)

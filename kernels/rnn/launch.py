@@ -28,10 +28,10 @@ def uses_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and tf32)
 
 
-def config_of(x: torch.Tensor, batch: int, tf32: bool) -> RnnConfig:
-    """The configuration that `scan` takes for x (..., D, H)."""
-    directions, hidden = x.shape[-2:]
-    return choose_config(batch, hidden, directions, x.dtype.itemsize, uses_tensor_cores(x.dtype, tf32), device_of(x))
+def choose(batch: int, hidden: int, directions: int, like: torch.Tensor, tf32: bool) -> RnnConfig:
+    """The configuration that `scan` takes for a layer of this size, in the dtype and on the device of `like`."""
+    tensor_cores = uses_tensor_cores(like.dtype, tf32)
+    return choose_config(batch, hidden, directions, like.dtype.itemsize, tensor_cores, device_of(like))
 
 
 def constants_of(x: torch.Tensor, effect: str, backward: bool, tf32: bool, config: RnnConfig) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def scan(
     """
     directions, hidden = x.shape[-2:]
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
-    config = config_of(x, batch, tf32)
+    config = choose(batch, hidden, directions, x, tf32)
     constants = constants_of(x, effect, backward, tf32, config) | {
         "PACKED": packing is not None,
         "HAS_FIRST": first is not None,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, advance, locate
+from .step import RUNTIME, finish, load_inputs
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -50,24 +50,45 @@ def rnn_resident_kernel(
     offs_w = pid_d * stride_wd + offs_n.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn
     w = tl.load(w_ptr + offs_w, mask=mask_n[:, None] & mask_n[None, :], other=0.0)
     state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
+    # The next step's inputs come in while this one computes, where there are registers left for them.
+    AHEAD: tl.constexpr = BLOCK_N <= 128
     previous_size = B * 0
+    x, gate, start, size = load_inputs(
+        x_ptr,
+        gate_ptr,
+        first_ptr,
+        0,
+        previous_size,
+        offs_b,
+        offs_n,
+        pid_d,
+        offsets_ptr,
+        T,
+        B,
+        stride_xt,
+        stride_xb,
+        stride_xd,
+        H,
+        D,
+        EFFECT,
+        BACKWARD,
+        PACKED,
+        HAS_FIRST,
+        VEC,
+        ACC,
+    )
     for step in tl.range(0, T, num_stages=1):
-        t, start, size = locate(step, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)
-        product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
-        state = advance(
+        next_x, next_gate, next_start, next_size = load_inputs(
             x_ptr,
             gate_ptr,
             first_ptr,
-            y_ptr,
-            factor_ptr,
-            product,
+            tl.minimum(step + AHEAD, T - 1),
+            size if AHEAD else previous_size,
             offs_b,
             offs_n,
             pid_d,
-            t,
-            start,
-            size,
-            previous_size,
+            offsets_ptr,
+            T,
             B,
             stride_xt,
             stride_xb,
@@ -75,9 +96,33 @@ def rnn_resident_kernel(
             H,
             D,
             EFFECT,
+            BACKWARD,
             PACKED,
             HAS_FIRST,
+            VEC,
+            ACC,
+        )
+        if not AHEAD:
+            x, gate, start, size = next_x, next_gate, next_start, next_size
+        product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
+        state = finish(
+            y_ptr,
+            factor_ptr,
+            product,
+            x,
+            gate,
+            start,
+            size,
+            previous_size,
+            offs_b,
+            offs_n,
+            pid_d,
+            H,
+            D,
+            EFFECT,
             HAS_FACTOR,
             VEC,
         )
         previous_size = size
+        if AHEAD:
+            x, gate, start, size = next_x, next_gate, next_start, next_size

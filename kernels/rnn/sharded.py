@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, advance, locate
+from .step import RUNTIME, finish, load_inputs, locate
 
 # All threads wait for themselves, each with an acquiring load of its own: then every thread sees what was released
 # before the counter reached the target, and no barrier follows. Triton's scalar loop would add one to every poll.
@@ -120,38 +120,46 @@ def rnn_sharded_kernel(
         for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
             columns = columns + (load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H),)
+    before = tl.maximum(first_step - 1, 0)
+    _, start_before, size_before = locate(before, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    size_before = tl.where(first_step > 0, size_before, 0)
+    x, gate, start, size = load_inputs(
+        x_ptr,
+        gate_ptr,
+        first_ptr,
+        first_step,
+        size_before,
+        offs_b,
+        offs_n,
+        pid_d,
+        offsets_ptr,
+        T,
+        B,
+        stride_xt,
+        stride_xb,
+        stride_xd,
+        H,
+        D,
+        EFFECT,
+        BACKWARD,
+        PACKED,
+        HAS_FIRST,
+        VEC,
+        ACC,
+    )
     for step in tl.range(first_step, last_step, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-        t, start, size = locate(step, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
-        product = tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC)
-        previous_size = B * 0
-        if step > 0:
-            _, previous_start, previous_size = locate(step - 1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)
-            if PERSISTENT:
-                wait(counter_ptr, step * shards, ASSEMBLY)
-                for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    state = load_state(y_ptr, offs_b, offs_k, pid_d, previous_start, previous_size, H, D, VEC)
-                    product = dot(state, columns[k], product, PRECISION, UPCAST)
-            else:
-                for k in range(0, H, BLOCK_K):
-                    offs_k = k + tl.arange(0, BLOCK_K)
-                    state = load_state(y_ptr, offs_b, offs_k, pid_d, previous_start, previous_size, H, D, VEC)
-                    w = load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H)
-                    product = dot(state, w, product, PRECISION, UPCAST)
-        advance(
+        # One step ahead where there are several: the next step's inputs come in while this one waits.
+        next_x, next_gate, next_start, next_size = load_inputs(
             x_ptr,
             gate_ptr,
             first_ptr,
-            y_ptr,
-            factor_ptr,
-            product,
+            tl.minimum(step + PERSISTENT, T - 1),
+            size if PERSISTENT else size_before,
             offs_b,
             offs_n,
             pid_d,
-            t,
-            start,
-            size,
-            previous_size,
+            offsets_ptr,
+            T,
             B,
             stride_xt,
             stride_xb,
@@ -159,10 +167,45 @@ def rnn_sharded_kernel(
             H,
             D,
             EFFECT,
+            BACKWARD,
             PACKED,
             HAS_FIRST,
+            VEC,
+            ACC,
+        )
+        product = tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC)
+        if step > 0:
+            if PERSISTENT:
+                wait(counter_ptr, step * shards, ASSEMBLY)
+                for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    state = load_state(y_ptr, offs_b, offs_k, pid_d, start_before, size_before, H, D, VEC)
+                    product = dot(state, columns[k], product, PRECISION, UPCAST)
+            else:
+                for k in range(0, H, BLOCK_K):
+                    offs_k = k + tl.arange(0, BLOCK_K)
+                    state = load_state(y_ptr, offs_b, offs_k, pid_d, start_before, size_before, H, D, VEC)
+                    w = load_columns(w_ptr, offs_k, offs_n, stride_wk, stride_wn, H)
+                    product = dot(state, w, product, PRECISION, UPCAST)
+        finish(
+            y_ptr,
+            factor_ptr,
+            product,
+            x,
+            gate,
+            start,
+            size,
+            size_before,
+            offs_b,
+            offs_n,
+            pid_d,
+            H,
+            D,
+            EFFECT,
             HAS_FACTOR,
             VEC,
         )
         if PERSISTENT:
             signal(counter_ptr)
+        start_before, size_before = start, size
+        x, gate, start, size = next_x, next_gate, next_start, next_size

@@ -1,21 +1,16 @@
-"""Every shipped kernel with the configurations that its planner chooses for real layers, as cases to cross-compile."""
+"""The convolution kernels with the configurations that their planner chooses for real layers, as cases to compile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
 
-from .cross_compile import TARGETS, Compiled, compile_kernel
-
-# fp16 compiles to the same code as bf16 but for the instructions' types.
-DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
+from .cross_compile import DTYPES, POINTER, Case, Target
 
 # name, layouts, axes, batch, channels in, channels out, size in, kernel, stride, padding, dilation, groups. Channels in
 # and out are X's: `apply_transposed` runs the same layer backward.
@@ -75,32 +70,18 @@ def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], d
 EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True}
 
 
-def compile_all(targets: list[str]) -> list[Compiled]:
-    """One row for every distinct compilation, per target."""
-    rows: dict[tuple[Any, ...], Compiled] = {}
-    for target in targets:
-        shared_memory = TARGETS[target].shared_memory
-        for dtype in DTYPES:
-            for layout in LAYOUTS:
-                for name, plan in plans(dtype, layout == "channels_last", Device(132, shared_memory)):
-                    signature, unit = launch_signature(plan, POINTER[dtype])
-                    epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
-                    row = compile_kernel(
-                        plan.kernel,
-                        signature,
-                        plan.constants | epilogue | unit,
-                        target,
-                        f"{name}, {layout}",
-                        dtype,
-                    )
-                    rows[(target, row.kernel, row.case, dtype)] = row
-        reduce = compile_kernel(
-            reduce_splits_kernel,
-            {"partial_ptr": "*fp32", "w_ptr": "*bf16", "NUMEL": "i32", "SPLITS": "i32"},
-            {"BLOCK": launch.REDUCE_BLOCK, "num_warps": 4, "num_stages": 3},
-            target,
-            "any",
-            "bf16",
-        )
-        rows[(target, reduce.kernel, reduce.case, reduce.dtype)] = reduce
-    return list(rows.values())
+def cases(target: Target) -> Iterator[Case]:
+    """Every launch of the layers, and the reduction."""
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for name, plan in plans(dtype, layout == "channels_last", Device(132, target.shared_memory)):
+                signature, unit = launch_signature(plan, POINTER[dtype])
+                epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
+                yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}, {layout}", dtype)
+    yield Case(
+        reduce_splits_kernel,
+        {"partial_ptr": "*fp32", "w_ptr": "*bf16", "NUMEL": "i32", "SPLITS": "i32"},
+        {"BLOCK": launch.REDUCE_BLOCK, "num_warps": 4, "num_stages": 3},
+        "any",
+        "bf16",
+    )

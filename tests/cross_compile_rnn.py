@@ -1,0 +1,76 @@
+"""The recurrence with the configurations that its planner chooses for real layers, as cases to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from backstride.kernels.rnn import launch
+from backstride.kernels.rnn.config import RESIDENT, SHARDED, RnnConfig, choose_config
+from backstride.kernels.runtime import Device
+
+from .cross_compile import DTYPES, POINTER, Case, Target
+
+# name, batch, hidden size, directions, packed
+LAYERS = [
+    ("char-rnn 128", 50, 128, 1, False),
+    ("char-rnn 64, both directions, packed", 32, 64, 2, True),
+    ("KernelBench 256", 8, 256, 1, False),
+    ("word language model 200", 20, 200, 1, False),
+    ("512", 64, 512, 1, False),
+    ("512, both directions, packed", 16, 512, 2, True),
+    ("1000", 50, 1000, 1, False),
+    ("1024", 64, 1024, 1, False),
+    ("DeepBench 1760", 32, 1760, 1, False),
+    ("DeepBench 2560", 64, 2560, 1, False),
+]
+
+
+def _case(
+    name: str, config: RnnConfig, dtype: str, hidden: int, directions: int, packed: bool, effect: str, cuda: bool
+) -> Case:
+    x = torch.empty(4, 4, directions, hidden, dtype=DTYPES[dtype], device="meta")
+    backward = effect not in ("tanh", "relu")
+    constants: dict[str, Any] = launch.constants_of(x, effect, backward, dtype == "tf32", config) | {
+        "PACKED": packed,
+        "HAS_FIRST": not backward,
+        "HAS_FACTOR": effect == "tanh" and dtype == "bf16",
+    }
+    kernel = launch.rnn_resident_kernel
+    if config.regime != RESIDENT:
+        kernel = launch.rnn_sharded_kernel
+        constants |= {"BLOCK_K": config.block_k, "PERSISTENT": config.regime == SHARDED, "ASSEMBLY": cuda}
+        if config.regime == SHARDED:
+            constants["launch_cooperative_grid"] = True
+    absent = {
+        "gate_ptr": not backward,
+        "first_ptr": backward,
+        "offsets_ptr": not packed,
+        "counter_ptr": config.regime != SHARDED,
+        "factor_ptr": not constants["HAS_FACTOR"],
+    }
+    constants |= {pointer: None for pointer, missing in absent.items() if missing and pointer in kernel.arg_names}
+    # The matrix is the weight read by columns forward, by rows backward.
+    constants["stride_wn" if backward else "stride_wk"] = 1
+    pointers = {"offsets_ptr": "*i64", "counter_ptr": "*i32"}
+    signature = {
+        argument: pointers.get(argument, POINTER[dtype]) if argument.endswith("_ptr") else "i32"
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
+    return Case(kernel, signature, constants, f"{name}, {config.regime}, {effect}", dtype)
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """Every layer, forward and backward."""
+    device = Device(132, target.shared_memory)
+    for dtype, torch_dtype in DTYPES.items():
+        for name, batch, hidden, directions, packed in LAYERS:
+            config = choose_config(batch, hidden, directions, torch_dtype.itemsize, dtype != "fp32", device)
+            # 16-bit types store the factor, fp32 takes it from the output.
+            for effect in ("tanh", "factor" if dtype == "bf16" else "tanh_derivative"):
+                yield _case(name, config, dtype, hidden, directions, packed, effect, target.backend == "cuda")
+            if name == "char-rnn 128":
+                for effect in ("relu", "relu_derivative"):
+                    yield _case(name, config, dtype, hidden, directions, packed, effect, target.backend == "cuda")

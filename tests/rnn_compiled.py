@@ -1,0 +1,44 @@
+"""torch.compile(fullgraph=True) of the RNN, dense and packed, static and dynamic sizes. Run by test_rnn_torch.py."""
+
+import backstride.fused_ops as fused
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+
+def check(module: fused.RNN) -> None:
+    def loss(x, h):
+        output, h_n = module(x, h)
+        return output.square().sum() + h_n.sum()
+
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+        for steps, batch in ((4, 3), (6, 2)) if dynamic else ((4, 3),):
+            shape = (batch, steps, 3) if module.batch_first else (steps, batch, 3)
+            x = torch.randn(shape, requires_grad=True)
+            h = torch.randn(module.num_layers * (1 + module.bidirectional), batch, 5, requires_grad=True)
+            results = [f(x, h) for f in (loss, compiled)]
+            torch.testing.assert_close(*results)
+            tensors = [x, h, *module.parameters()]
+            for a, b in zip(*(torch.autograd.grad(y, tensors) for y in results), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def check_packed() -> None:
+    torch._dynamo.reset()
+    module = fused.RNN(3, 5, bidirectional=True)
+    params = list(module.parameters())
+
+    def outputs(data, batch_sizes, hx):
+        return fused.rnn_tanh(data, batch_sizes, hx, params, True, 1, 0.0, True, True)
+
+    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2, 1)])
+    arguments = packed.data, packed.batch_sizes, torch.randn(2, 3, 5)
+    torch.testing.assert_close(torch.compile(outputs, fullgraph=True)(*arguments), outputs(*arguments))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    check(fused.RNN(3, 5))
+    check(fused.RNN(3, 5, 2, "relu", bidirectional=True, batch_first=True))
+    check_packed()

@@ -25,20 +25,28 @@ from .. import fused_ops
 from ..kernels.runtime import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16)
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def _conv_transpose2d_concat(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
     return torch.cat([skip, F.conv_transpose2d(input, weight, bias, **options)], dim=1)
 
 
+def _sequence(tensors: list[Tensor]) -> tuple[Any, ...]:
+    """Arguments of torch.rnn_tanh for one layer: the weights in a list."""
+    x, hx, *params = tensors
+    return x, hx, params, True, 1, 0.0, True, False, False
+
+
 @dataclass(frozen=True)
 class Example:
-    """A small call of one op: `fused_ops.<name>(*tensors, **options)`, and torch's own definition of it."""
+    """A small call of one op, `fused_ops.<name>(*arrange(tensors), **options)`, and torch's own definition of it."""
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     options: dict[str, Any] = field(default_factory=dict)
+    arrange: Callable[[list[Tensor]], tuple[Any, ...]] = tuple
 
 
 # One line for every op of fused_ops. Odd sizes, so that no tile fits exactly.
@@ -60,6 +68,10 @@ EXAMPLES = (
         ((2, 6, 5, 7), (2, 3, 10, 14), (6, 3, 2, 2), (3,)),
         {"stride": 2},
     ),
+    Example("rnn_tanh", torch.rnn_tanh, ((5, 3, 6), (1, 3, 19), (19, 6), (19, 19), (19,), (19,)), arrange=_sequence),
+    Example("rnn_relu", torch.rnn_relu, ((5, 3, 6), (1, 3, 19), (19, 6), (19, 19), (19,), (19,)), arrange=_sequence),
+    Example("rnn_tanh_cell", torch.rnn_tanh_cell, ((3, 6), (3, 19), (19, 6), (19, 19), (19,), (19,))),
+    Example("rnn_relu_cell", torch.rnn_relu_cell, ((3, 6), (3, 19), (19, 6), (19, 19), (19,), (19,))),
 )
 
 
@@ -84,10 +96,12 @@ class Check:
     problem: str | None
 
 
-def _results(op: Callable[..., Tensor], tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+def _results(op: Callable[..., Any], tensors: list[Tensor], example: Example) -> list[Tensor]:
     """Output and gradients of all inputs, moved to fp64 on the CPU. The output's gradient is a fixed one."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    output = op(*leaves, **options)
+    output = op(*example.arrange(leaves), **example.options)
+    if isinstance(output, tuple):
+        output = torch.cat([t.flatten() for t in output])
     cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).cos().reshape(output.shape)
     gradients = torch.autograd.grad(output, leaves, cotangent.to(output))
     return [t.detach().to("cpu", torch.float64) for t in (output, *gradients)]
@@ -122,11 +136,11 @@ def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
     path = reason = "unknown"
     try:
         op = getattr(fused_ops, name)
-        explained = fused_ops.explain(op, *tensors, **example.options)
+        explained = fused_ops.explain(op, *example.arrange(tensors), **example.options)
         path, reason = explained.name, explained.reason
-        oracle = _results(example.reference, [t.to("cpu", torch.float64) for t in tensors], example.options)
-        ours = _errors(_results(op, tensors, example.options), oracle)
-        theirs = _errors(_results(example.reference, tensors, example.options), oracle)
+        oracle = _results(example.reference, [t.to("cpu", torch.float64) for t in tensors], example)
+        ours = _errors(_results(op, tensors, example), oracle)
+        theirs = _errors(_results(example.reference, tensors, example), oracle)
     except Exception as error:
         return Check(name, short, path, reason, None, None, f"{type(error).__name__}: {error}")
     longest_sum = max(t.numel() for t in (*tensors, oracle[0]))
@@ -185,6 +199,7 @@ def machine() -> dict[str, str]:
         capability = f"capability {properties.major}.{properties.minor}"
         facts["GPU"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
         # Both torch's convolutions and ours follow this switch; TF32 keeps ten bits, and the errors show it.
+        facts["fp32 RNN"] = torch.backends.cudnn.rnn.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
         facts["fp32 convolution"] = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
     return facts
 
@@ -199,22 +214,23 @@ def _machine_table() -> Table:
 
 
 def _pair(ours: float | None, theirs: float | None) -> str:
-    return "" if ours is None or theirs is None else f"{ours:.0e} / {theirs:.0e}"
+    return "" if ours is None or theirs is None else f"{ours:.0e}/{theirs:.0e}"
 
 
 def _checks_table(title: str, checks: list[Check]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("op", "dtype", "path"):
-        table.add_column(heading, vertical="bottom")
-    for heading in ("output error\nours / ATen", "gradient error\nours / ATen"):
-        table.add_column(heading, justify="right")
+    # Narrow enough for 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
+    for heading in ("op", "", "path"):
+        table.add_column(heading, vertical="bottom", no_wrap=True)
+    for heading in ("output\nours/ATen", "gradients\nours/ATen"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     previous = None
     for row in checks:
         ours, theirs = row.ours, row.theirs
         table.add_row(
             row.op if row.op != previous else "",
-            row.dtype,
+            SHORT.get(row.dtype, row.dtype),
             row.path,
             _pair(ours and ours.forward, theirs and theirs.forward),
             _pair(ours and ours.gradients, theirs and theirs.gradients),
@@ -227,7 +243,7 @@ def _checks_table(title: str, checks: list[Check]) -> Table:
 def _report(console: Console, title: str, checks: list[Check]) -> None:
     console.print(_checks_table(title, checks))
     for path, reason in dict.fromkeys((row.path, row.reason) for row in checks):
-        console.print(f"  [bold]{path}[/]: {escape(reason)}", highlight=False)
+        console.print(f"[bold]{path}[/]: {escape(reason)}", highlight=False)
     for row in checks:
         if row.problem:
             console.print(f"  [red]{row.op} {row.dtype}[/]: {escape(row.problem)}", highlight=False)

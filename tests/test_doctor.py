@@ -45,7 +45,9 @@ def test_passes_on_a_cpu_and_shows_each_path():
         assert f" {e.name} " in interpreted
     rows = 2 * len(doctor.EXAMPLES)
     assert here.count(" aten ") == rows
-    assert interpreted.count(" interpreted kernel ") == rows
+    # The cells are torch's own everywhere.
+    cells = sum(2 for e in doctor.EXAMPLES if e.name.endswith("_cell"))
+    assert interpreted.count(" interpreted kernel ") == rows - cells and interpreted.count(" aten ") == cells > 0
     assert f"All {2 * rows} checks passed." in interpreted
     assert f"torch              {torch.__version__}" in here
 

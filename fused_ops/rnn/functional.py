@@ -13,6 +13,7 @@ from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
 from . import ops
 from .rows import first_rows, offsets_of
 
+REFUSED = "arguments that torch's own function refuses: it is called, and says why"
 TORCH = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
 
 
@@ -83,12 +84,10 @@ def _parameters(call: Call, layer: int, direction: int) -> Sequence[Tensor]:
 
 def _path(call: Call) -> Path:
     if not isinstance(call.input, Tensor) or call.input.dim() != (3 if call.batch_sizes is None else 2):
-        return Path(ATEN, "an input that torch's own function refuses: it is called, and says why")
-    if call.batch_sizes is None and call.input.shape[call.time_axis] == 0:
-        return Path(ATEN, "a sequence of length 0, which torch's own function refuses")
+        return Path(ATEN, REFUSED)
     batch = _batch(call)
-    if not _shapes_fit(call, batch):
-        return Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+    if (call.batch_sizes is None and call.input.shape[call.time_axis] == 0) or not _shapes_fit(call, batch):
+        return Path(ATEN, REFUSED)
     path = kernel_path(call.input)
     if path.name == ATEN:
         return path
@@ -115,10 +114,13 @@ def _cast(call: Call) -> Call:
 
 def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
     """(output, h_n) of the call, by kernels where they run and else by torch's own function."""
-    if isinstance(call.input, Tensor):
-        call = _cast(call)
     # torch.compile would unroll torch's own function over all time steps.
-    if _path(call).name == ATEN and not (torch.compiler.is_compiling() and _shapes_fit(call, _batch(call))):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and kernel_path(call.input).name == ATEN:
+        return _run_aten(nonlinearity, call)
+    call = _cast(call)
+    path = _path(call)
+    if path.name == ATEN and not (compiling and path.reason != REFUSED):
         return _run_aten(nonlinearity, call)
     batch = _batch(call)
     offsets = None if call.batch_sizes is None else offsets_of(call.batch_sizes, call.input.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Case:
     op: str
     name: str
     shape: str
-    direction: str  # "forward", "input gradient" or "weight gradient"
+    direction: str  # "forward", "input gradient", "weight gradient" or "forward and backward"
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]  # of the arguments
     flop: int  # 2 x multiply-adds that are needed; zeros between the pixels of a transposed convolution are not
@@ -36,6 +36,8 @@ class Case:
     reduction: int  # terms in one sum
     ours: Call
     theirs: Call
+    rivals: Mapping[str, Call] = field(default_factory=dict)  # other ways to compute the same, by name
+    compilable: bool = True  # whether torch.compile of `theirs` makes anything of it
 
     def inputs(self, device: str) -> list[Tensor]:
         """Standard normal, the same on every call; zeros would run faster than real data on a GPU."""
@@ -98,7 +100,8 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
         inputs = [t if t.dim() == 1 else in_layout(t, layout) for t in contiguous]
         calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
         calls[Variant("torch", layout)] = partial(case.theirs, *inputs)
-    if compiled:
+        calls |= {Variant(name, layout): partial(call, *inputs) for name, call in case.rivals.items()}
+    if compiled and case.compilable:
         torch._dynamo.reset()  # the cases share code, and would meet the limit on recompilations
         # Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
         compile = torch.compile(lambda *t: case.theirs(*t), mode="max-autotune-no-cudagraphs", dynamic=False)

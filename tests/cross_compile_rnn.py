@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from backstride.kernels.rnn import launch
 from backstride.kernels.rnn.config import RESIDENT, SHARDED, RnnConfig, choose_config
+from backstride.kernels.rnn.exchange import COUNTER_LINE, exchange_probe_kernel
 from backstride.kernels.runtime import Device
 
 from .cross_compile import DTYPES, POINTER, Case, Target
@@ -40,7 +41,12 @@ def _case(
     kernel = launch.rnn_resident_kernel
     if config.regime != RESIDENT:
         kernel = launch.rnn_sharded_kernel
-        constants |= {"BLOCK_K": config.block_k, "PERSISTENT": config.regime == SHARDED, "ASSEMBLY": cuda}
+        constants |= {
+            "BLOCK_K": config.block_k,
+            "COUNTER_LINE": COUNTER_LINE,
+            "PERSISTENT": config.regime == SHARDED,
+            "ASSEMBLY": cuda,
+        }
         if config.regime == SHARDED:
             constants["launch_cooperative_grid"] = True
     absent = {
@@ -74,3 +80,8 @@ def cases(target: Target) -> Iterator[Case]:
             if name == "char-rnn 128":
                 for effect in ("relu", "relu_derivative"):
                     yield _case(name, config, dtype, hidden, directions, packed, effect, target.backend == "cuda")
+    for method in ("assembly", "atomic", "flags"):
+        if target.backend == "cuda" or method != "assembly":
+            pointers = {"counter_ptr": "*i32", "flags_ptr": "*i32", "ROUNDS": "i32"}
+            constants = {"METHOD": method, "GROUP": 64, "num_warps": 4, "num_stages": 1}
+            yield Case(exchange_probe_kernel, pointers, constants, f"exchange, {method}", "bf16")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backstride import fused_ops
-from backstride.bench import bench_conv, report
+from backstride.bench import bench_conv, bench_rnn, probe_rnn, report
 from backstride.bench.__main__ import app
 from backstride.bench.case import BASELINE, GateError, Variant, run_case
 from backstride.bench.timing import Ceilings, Timing
@@ -69,6 +69,14 @@ def test_work_of_a_convolution_by_hand():
     assert bench_conv.case(LAYER, "input gradient", torch.float32).reduction == 5 * 2 * 2
 
 
+def test_work_of_a_network_by_hand():
+    """Two layers: 3 inputs and 5 units, 4 steps of 2 sequences."""
+    case = bench_rnn.case(bench_rnn.Layer("network", 4, 2, 3, 5, layers=2), False, torch.float32)
+    assert case.flop == 2 * (4 * 2) * (3 * 5 + 5 * 5 + 5 * 5 + 5 * 5)
+    training = bench_rnn.case(bench_rnn.Layer("network", 4, 2, 3, 5, layers=2), True, torch.float32)
+    assert training.flop == 3 * case.flop
+
+
 def test_floor_of_an_up_convolution_by_hand():
     """U-Net's first, in bf16: 3.29 GFLOP, 9.01 MB; 4.11 us by FLOP, 2.25 us by bytes."""
     layer = next(layer for layer in bench_conv.LAYERS if layer.name == "U-Net up 1024, valid")
@@ -98,3 +106,9 @@ def test_file_with_other_columns_is_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other.csv"):
         report.read_rows(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the probe times")
+def test_probe_needs_a_gpu():
+    done = CliRunner().invoke(probe_rnn.app, [])
+    assert done.exit_code == 2 and "torch finds none here" in done.output

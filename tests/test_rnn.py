@@ -10,6 +10,7 @@ import pytest
 import torch
 from backstride.kernels.rnn import Packing, launch, reference, scan
 from backstride.kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig, choose_config
+from backstride.kernels.rnn.exchange import exchange_probe_kernel
 from backstride.kernels.runtime import H200, INTERPRETED, Device
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -217,6 +218,16 @@ torch.testing.assert_close(y, x.relu())
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@kernels_run
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", ["atomic", "flags"])
+def test_exchange_of_one_program_with_itself(method, device):
+    """The counter counts every round, and nothing waits for ever. (A GPU takes many programs: the probe.)"""
+    counter, flags = (torch.zeros(64, dtype=torch.int32, device=device) for _ in range(2))
+    exchange_probe_kernel[(1,)](counter, flags, 5, METHOD=method, GROUP=1)
+    assert (counter[0].item(), flags[0].item()) == ((5, 0) if method == "atomic" else (0, 5))
 
 
 A100_SLICE = Device(multiprocessors=14, shared_memory=163 * 1024)

@@ -11,10 +11,9 @@ import triton.language as tl
 
 from ..runtime import INTERPRETED, device_guard, device_of
 from .config import RESIDENT, SHARDED, RnnConfig, choose_config
+from .exchange import COUNTER_LINE
 from .resident import rnn_resident_kernel
 from .sharded import rnn_sharded_kernel
-
-COUNTER_LINE = 32  # int32 values between two groups' counters: 128 bytes, so that no two share a cache line
 
 
 class Packing(NamedTuple):
@@ -99,7 +98,11 @@ def scan(
             return
         shards = triton.cdiv(hidden, config.block_n)
         grid = (tiles, shards, directions)
-        constants |= {"BLOCK_K": config.block_k, "ASSEMBLY": torch.version.hip is None and not INTERPRETED}
+        constants |= {
+            "BLOCK_K": config.block_k,
+            "COUNTER_LINE": COUNTER_LINE,
+            "ASSEMBLY": torch.version.hip is None and not INTERPRETED,
+        }
         if config.regime == SHARDED:
             if not INTERPRETED:
                 # The driver refuses a grid that can't run all at once: an error, where waiting would never end.

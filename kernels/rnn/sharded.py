@@ -4,47 +4,8 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
+from .exchange import signal, wait
 from .step import RUNTIME, finish, load_inputs, locate
-
-# All threads wait for themselves, each with an acquiring load of its own: then every thread sees what was released
-# before the counter reached the target, and no barrier follows. Triton's scalar loop would add one to every poll.
-WAIT = tl.constexpr(
-    """
-    {
-        .reg .pred waiting;
-        .reg .s32 count;
-    poll:
-        ld.acquire.gpu.global.s32 count, [$1];
-        setp.lt.s32 waiting, count, $2;
-        @waiting bra poll;
-        mov.s32 $0, count;
-    }
-    """
-)
-
-
-@triton.jit
-def signal(counter_ptr):
-    """Tell the group that this program's part of y_t is in memory."""
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait(counter_ptr, target, ASSEMBLY: tl.constexpr):
-    """Until `target` signals have come."""
-    if ASSEMBLY:
-        tl.inline_asm_elementwise(
-            WAIT,
-            "=r,l,r",
-            [counter_ptr.to(tl.int64, bitcast=True), target],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
-            pass
 
 
 @triton.jit
@@ -95,6 +56,7 @@ def rnn_sharded_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    COUNTER_LINE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,8 +76,7 @@ def rnn_sharded_kernel(
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     w_ptr += pid_d * stride_wd
     if PERSISTENT:
-        # A line of 128 bytes for each group's counter.
-        counter_ptr += (pid_d * tl.num_programs(0) + pid_b) * 32
+        counter_ptr += (pid_d * tl.num_programs(0) + pid_b) * COUNTER_LINE
         columns = ()
         for k in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -46,8 +46,8 @@ def exchange_rows(repeats: int) -> Rows:
 
             def call(counters=counters, group=group, method=method):
                 counters.zero_()
-                options = {"num_warps": 4, "launch_cooperative_grid": True}
-                exchange_probe_kernel[(group,)](*counters, ROUNDS, METHOD=method, GROUP=group, **options)
+                options = {"METHOD": method, "GROUP": group, "num_warps": 4, "launch_cooperative_grid": True}
+                exchange_probe_kernel[(group,)](counters[0], counters[1], ROUNDS, **options)
 
             timing = measure({"exchange": call}, repeats, graph=False)["exchange"]
             rows.append({"programs": group, "method": method, "us": 1e3 * timing.ms / ROUNDS})

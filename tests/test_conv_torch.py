@@ -1,12 +1,14 @@
 """PyTorch's own test inputs: OpInfo samples and errors, ModuleInfo, gradcheck, gradgradcheck, opcheck."""
 
 import re
+from functools import partial
 
 import backstride.fused_ops as fused
 import pytest
 import torch
 from backstride.kernels.runtime import INTERPRETED
 from torch import nn
+from torch.func import functional_call, grad, hessian, vmap
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -236,6 +238,46 @@ def test_module_activation():
     assert "activation='relu'" in repr(module)
     with pytest.raises(ValueError, match="activation must be"):
         fused.ConvTranspose1d(2, 3, 3, activation="tanh")
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_per_sample_gradients_ensembles_and_hessians(name, device):
+    """torch.func, through every op: the gradients of a sample, of an ensemble's member, and second derivatives."""
+    torch.manual_seed(0)
+    ours, theirs = (getattr(library, name)(2, 4, 3, stride=2, groups=2) for library in (fused, nn))
+    theirs.load_state_dict(ours.state_dict())
+    params = {name: p.detach().to(device) for name, p in ours.named_parameters()}
+    x = torch.randn(3, 1, 2, 5, 4, device=device)
+
+    def loss(module, params, x):
+        return functional_call(module, params, (x,)).square().sum()
+
+    for dims in ((None, 0), ({"weight": 0, "bias": 0}, None), ({"weight": 0, "bias": None}, 0)):
+        stacked = {
+            key: torch.stack([p, 2 * p, -p]) if isinstance(dims[0], dict) and dims[0][key] == 0 else p
+            for key, p in params.items()
+        }
+        input = x if dims[1] == 0 else x[0]
+        gradients = [vmap(grad(partial(loss, m)), dims)(stacked, input) for m in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    hessians = [hessian(partial(loss, m, params))(x[0]) for m in (ours, theirs)]
+    torch.testing.assert_close(*hessians, rtol=1e-3, atol=1e-3)
+
+
+def test_vmap_of_the_concatenation(device):
+    x, skip, w = torch.randn(3, 1, 2, 2, 2), torch.randn(3, 1, 1, 4, 4), torch.randn(3, 2, 2, 2, 2)
+    x, skip, w = x.to(device), skip.to(device), w.to(device)
+
+    def ours(x, skip, w):
+        return fused.conv_transpose2d_concat(x, skip, w, stride=2, activation="relu").square().sum()
+
+    def theirs(x, skip, w):
+        up = nn.functional.conv_transpose2d(x, w, stride=2).relu()
+        return torch.cat([skip, up], dim=1).square().sum()
+
+    for dims, weight in (((0, 0, None), w[0]), ((0, 0, 0), w)):
+        gradients = [vmap(grad(f, (0, 1, 2)), dims)(x, skip, weight) for f in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 x, w, g = ((1, 4, 5, 5), (6, 4, 3, 3), (1, 6, 3, 3))

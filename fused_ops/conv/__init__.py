@@ -1,5 +1,6 @@
 """Convolution and transposed convolution."""
 
+from . import batching as batching
 from .functional import (
     conv1d,
     conv2d,

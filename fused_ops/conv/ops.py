@@ -13,7 +13,8 @@ and each one's derivatives are the other two: gradients of any order run on the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,10 +46,7 @@ library.define(
     f" {_GEOMETRY}, bool relu) -> Tensor"
 )
 
-conv = torch.ops.backstride.conv.default
-conv_transpose = torch.ops.backstride.conv_transpose.default
-conv_weight_grad = torch.ops.backstride.conv_weight_grad.default
-conv_transpose_concat = torch.ops.backstride.conv_transpose_concat.default
+registered = torch.ops.backstride
 
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -242,24 +240,36 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of X x + bias, or with ctx.transposed of X^T x + bias, by x, weight and bias, where needed."""
-    wide, narrow = (grad, x) if ctx.transposed else (x, grad)
-    input_grad = conv if ctx.transposed else conv_transpose
+@dataclass(frozen=True)
+class _Settings:
+    """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
+
+    size: Sequence[int]  # of the output, or the kernel's
+    geometry: tuple[Any, ...]
+    relu: bool = False
+    transposed: bool = False
+
+
+def _gradients(
+    settings: _Settings, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of X x + bias, or with `transposed` of X^T x + bias, by x, weight and bias, where needed."""
+    wide, narrow = (grad, x) if settings.transposed else (x, grad)
+    input_grad = conv if settings.transposed else conv_transpose
     return [
-        input_grad(grad, weight, None, None, x.shape[2:], *ctx.geometry, False) if needs[0] else None,
-        conv_weight_grad(wide, narrow, weight.shape[2:], *ctx.geometry) if needs[1] else None,
+        input_grad(grad, weight, None, None, x.shape[2:], *settings.geometry, False) if needs[0] else None,
+        conv_weight_grad(wide, narrow, weight.shape[2:], *settings.geometry) if needs[1] else None,
         grad.sum([0, *range(2, grad.dim())]) if needs[2] else None,
     ]
 
 
-def _tangent(ctx: Any, x: Tensor, weight: Tensor, dx: Any, dweight: Any, dbias: Any) -> Tensor | None:
+def _tangent(settings: _Settings, x: Tensor, weight: Tensor, dx: Any, dweight: Any, dbias: Any) -> Tensor | None:
     """Forward derivative of what `_gradients` differentiates backward."""
-    op = conv_transpose if ctx.transposed else conv
-    tail = (None, None, ctx.output_size, *ctx.geometry, False)
-    channels = weight.shape[1] * ctx.geometry[-1] if ctx.transposed else weight.shape[0]
+    op = conv_transpose if settings.transposed else conv
+    tail = (None, None, settings.size, *settings.geometry, False)
+    channels = weight.shape[1] * settings.geometry[-1] if settings.transposed else weight.shape[0]
     if dbias is not None:
-        dbias = dbias.view(-1, *[1] * len(ctx.output_size)).expand(x.shape[0], channels, *ctx.output_size)
+        dbias = dbias.view(-1, *[1] * len(settings.size)).expand(x.shape[0], channels, *settings.size)
     return _sum(
         [
             None if dx is None else op(dx, weight, *tail),
@@ -272,122 +282,149 @@ def _tangent(ctx: Any, x: Tensor, weight: Tensor, dx: Any, dweight: Any, dbias: 
 class _Conv(torch.autograd.Function):
     """y = relu(X x + bias + residual), or with `transposed` the same of X^T. Each is the other's input gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, transposed, x, weight, bias, residual, output_size, geometry, relu) -> Tensor:
-        op = conv_transpose if transposed else conv
+    def forward(x, weight, bias, residual, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        op = registered.conv_transpose.default if settings.transposed else registered.conv.default
         with torch._C._AutoDispatchBelowAutograd():
-            y = op(x, weight, bias, residual, output_size, *geometry, relu)
-        saved = (x, weight, y if relu else None)
+            return op(x, weight, bias, residual, settings.size, *settings.geometry, settings.relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, _, _, ctx.settings = inputs
+        saved = (x, weight, output if ctx.settings.relu else None)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.transposed, ctx.geometry, ctx.output_size = transposed, geometry, output_size
-        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, y = ctx.saved_tensors
         grad = _through_relu(grads[0], y)
-        needs = ctx.needs_input_grad[1:5]
-        gradients = _gradients(ctx, grad, x, weight, needs)
-        return (None, *gradients, grad if needs[3] else None, None, None, None)
+        needs = ctx.needs_input_grad
+        gradients = _gradients(ctx.settings, grad, x, weight, needs)
+        return (*gradients, grad if needs[3] else None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         x, weight, y = ctx.saved_tensors
-        _, dx, dweight, dbias, dresidual, *_ = tangents
-        tangent = _sum([_tangent(ctx, x, weight, dx, dweight, dbias), dresidual])
+        dx, dweight, dbias, dresidual, _ = tangents
+        tangent = _sum([_tangent(ctx.settings, x, weight, dx, dweight, dbias), dresidual])
         return None if tangent is None else _through_relu(tangent, y)
 
 
 class _ConvTransposeConcat(torch.autograd.Function):
     """[skip, relu(X^T x + bias)]; the backward reads each part's gradient where it lies in the whole."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x, skip, weight, bias, output_size, geometry, relu) -> Tensor:
+    def forward(x, skip, weight, bias, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch._C._AutoDispatchBelowAutograd():
-            y = conv_transpose_concat(x, skip, weight, bias, output_size, *geometry, relu)
-        saved = (x, weight, y if relu else None)
+            op = registered.conv_transpose_concat.default
+            return op(x, skip, weight, bias, settings.size, *settings.geometry, settings.relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, skip, weight, _, ctx.settings = inputs
+        saved = (x, weight, output if ctx.settings.relu else None)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.transposed, ctx.geometry, ctx.output_size = True, geometry, output_size
         ctx.split = skip.shape[1]
-        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_up = _through_relu(grads[0][:, ctx.split :], None if y is None else y[:, ctx.split :])
-        grad_x, grad_weight, grad_bias = _gradients(ctx, grad_up, x, weight, (needs[0], needs[2], needs[3]))
+        grad_x, grad_weight, grad_bias = _gradients(ctx.settings, grad_up, x, weight, (needs[0], needs[2], needs[3]))
         grad_skip = grads[0][:, : ctx.split] if needs[1] else None
-        return grad_x, grad_skip, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_skip, grad_weight, grad_bias, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         x, weight, y = ctx.saved_tensors
-        dx, dskip, dweight, dbias, *_ = tangents
-        up = _tangent(ctx, x, weight, dx, dweight, dbias)
-        size = (x.shape[0], -1, *ctx.output_size)
+        dx, dskip, dweight, dbias, _ = tangents
+        up = _tangent(ctx.settings, x, weight, dx, dweight, dbias)
+        size = ctx.settings.size
         if up is None:
-            up = x.new_zeros(x.shape[0], weight.shape[1] * ctx.geometry[-1], *ctx.output_size)
+            up = x.new_zeros(x.shape[0], weight.shape[1] * ctx.settings.geometry[-1], *size)
         else:
             up = _through_relu(up, None if y is None else y[:, ctx.split :])
         if dskip is None:
-            dskip = x.new_zeros(()).expand(x.shape[0], ctx.split, *size[2:])
+            dskip = x.new_zeros(()).expand(x.shape[0], ctx.split, *size)
         return torch.cat([dskip, up], dim=1)
 
 
 class _ConvWeightGrad(torch.autograd.Function):
     """w = sum of y x over pixels: bilinear, with derivatives X^T (by x) and X (by y) of the gradient as weight."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x, y, kernel_size, geometry) -> Tensor:
+    def forward(x, y, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch._C._AutoDispatchBelowAutograd():
-            weight = conv_weight_grad(x, y, kernel_size, *geometry)
+            return registered.conv_weight_grad.default(x, y, settings.size, *settings.geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, y, ctx.settings = inputs
         ctx.save_for_backward(x, y)
         ctx.save_for_forward(x, y)
-        ctx.kernel_size, ctx.geometry = kernel_size, geometry
-        return weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, y = ctx.saved_tensors
         (grad,) = grads
-        need_x, need_y, *_ = ctx.needs_input_grad
+        need_x, need_y, _ = ctx.needs_input_grad
+        geometry = ctx.settings.geometry
         return (
-            conv_transpose(y, grad, None, None, x.shape[2:], *ctx.geometry, False) if need_x else None,
-            conv(x, grad, None, None, y.shape[2:], *ctx.geometry, False) if need_y else None,
-            None,
+            conv_transpose(y, grad, None, None, x.shape[2:], *geometry, False) if need_x else None,
+            conv(x, grad, None, None, y.shape[2:], *geometry, False) if need_y else None,
             None,
         )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         x, y = ctx.saved_tensors
-        dx, dy, *_ = tangents
+        dx, dy, _ = tangents
+        settings = ctx.settings.size, *ctx.settings.geometry
         return _sum(
             [
-                None if dx is None else conv_weight_grad(dx, y, ctx.kernel_size, *ctx.geometry),
-                None if dy is None else conv_weight_grad(x, dy, ctx.kernel_size, *ctx.geometry),
+                None if dx is None else conv_weight_grad(dx, y, *settings),
+                None if dy is None else conv_weight_grad(x, dy, *settings),
             ]
         )
 
 
 def _forward_autograd(transposed, x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
     geometry = (stride, padding, dilation, groups)
-    return _Conv.apply(transposed, x, weight, bias, residual, output_size, geometry, relu)
+    return _Conv.apply(x, weight, bias, residual, _Settings(output_size, geometry, relu, transposed))
 
 
 def _conv_weight_grad_autograd(x, y, kernel_size, stride, padding, dilation, groups):
-    return _ConvWeightGrad.apply(x, y, kernel_size, (stride, padding, dilation, groups))
+    return _ConvWeightGrad.apply(x, y, _Settings(kernel_size, (stride, padding, dilation, groups)))
 
 
 def _conv_transpose_concat_autograd(x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu):
     geometry = (stride, padding, dilation, groups)
-    return _ConvTransposeConcat.apply(x, skip, weight, bias, output_size, geometry, relu)
+    settings = _Settings(output_size, geometry, relu, transposed=True)
+    return _ConvTransposeConcat.apply(x, skip, weight, bias, settings)
 
 
-library.impl("conv", partial(_forward_autograd, False), "Autograd")
-library.impl("conv_transpose", partial(_forward_autograd, True), "Autograd")
-library.impl("conv_weight_grad", _conv_weight_grad_autograd, "Autograd")
-library.impl("conv_transpose_concat", _conv_transpose_concat_autograd, "Autograd")
+def _differentiable(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register `function` as the op's autograd. Returns what this package calls: torch.compile is to see the op itself,
+    and torch.func, which can't look below an op, the autograd.Function."""
+    library.impl(name, function, "Autograd")
+    op = getattr(registered, name).default
+
+    def call(*arguments: Any) -> Tensor:
+        return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
+
+
+conv = _differentiable("conv", partial(_forward_autograd, False))
+conv_transpose = _differentiable("conv_transpose", partial(_forward_autograd, True))
+conv_weight_grad = _differentiable("conv_weight_grad", _conv_weight_grad_autograd)
+conv_transpose_concat = _differentiable("conv_transpose_concat", _conv_transpose_concat_autograd)

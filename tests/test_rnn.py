@@ -105,6 +105,22 @@ def test_definition_of_the_backward(effect, packed):
     torch.testing.assert_close(by_hand, expected)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_derivatives(regime, bidirectional):
+    """First and second, through each way to run the recurrence."""
+    torch.manual_seed(0)
+    module = fused.RNN(2, 3, bidirectional=bidirectional).double()
+    x, hx = random(3, 2, 2).requires_grad_(), random(1 + bidirectional, 2, 3, seed=1).requires_grad_()
+
+    def function(x, hx, *params):
+        return fused.rnn_tanh(x, hx, list(params), True, 1, 0.0, True, bidirectional, False)
+
+    tensors = [x, hx, *module.parameters()]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
 def as_torch(module, **keywords):
     """torch.nn.RNN with the same weights."""
     twin = nn.RNN(module.input_size, module.hidden_size, module.num_layers, **keywords)

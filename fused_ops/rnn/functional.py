@@ -13,7 +13,6 @@ from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
 from . import ops
 from .rows import first_rows, offsets_of
 
-REFUSED = "arguments that torch's own function refuses: it is called, and says why"
 TORCH = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
 
 
@@ -82,17 +81,12 @@ def _parameters(call: Call, layer: int, direction: int) -> Sequence[Tensor]:
     return call.params[start : start + count]
 
 
-def _path(call: Call) -> Path:
+def _refused(call: Call) -> bool:
+    """Whether the call is for torch's own function, to raise its own error."""
     if not isinstance(call.input, Tensor) or call.input.dim() != (3 if call.batch_sizes is None else 2):
-        return Path(ATEN, REFUSED)
-    batch = _batch(call)
-    if (call.batch_sizes is None and call.input.shape[call.time_axis] == 0) or not _shapes_fit(call, batch):
-        return Path(ATEN, REFUSED)
-    path = kernel_path(call.input)
-    if path.name == ATEN:
-        return path
-    regime = ops.regime(call.input, batch, call.params[1].shape[0], call.directions)
-    return Path(path.name, f"{path.reason}; {regime}")
+        return True
+    no_steps = call.batch_sizes is None and call.input.shape[call.time_axis] == 0
+    return no_steps or not _shapes_fit(call, _batch(call))
 
 
 def _batch(call: Call) -> int:
@@ -116,11 +110,10 @@ def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
     """(output, h_n) of the call, by kernels where they run and else by torch's own function."""
     # torch.compile would unroll torch's own function over all time steps.
     compiling = torch.compiler.is_compiling()
-    if not compiling and kernel_path(call.input).name == ATEN:
+    if not isinstance(call.input, Tensor) or (not compiling and kernel_path(call.input).name == ATEN):
         return _run_aten(nonlinearity, call)
     call = _cast(call)
-    path = _path(call)
-    if path.name == ATEN and not (compiling and path.reason != REFUSED):
+    if _refused(call):
         return _run_aten(nonlinearity, call)
     batch = _batch(call)
     offsets = None if call.batch_sizes is None else offsets_of(call.batch_sizes, call.input.device)
@@ -177,7 +170,14 @@ def _final(y: Tensor, direction: int, offsets: Tensor | None, batch: int) -> Ten
 
 
 def _planner(input: Tensor, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> Path:
-    return _path(_cast(_bind(input, arguments, keywords or {})))
+    call = _bind(input, arguments, keywords or {})
+    if _refused(_cast(call)):
+        return Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+    path = kernel_path(call.input)
+    if path.name == ATEN:
+        return path
+    regime = ops.regime(call.input, _batch(call), call.params[1].shape[0], call.directions)
+    return Path(path.name, f"{path.reason}; {regime}")
 
 
 @explained_by(_planner)

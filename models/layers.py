@@ -8,6 +8,7 @@ op.
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fused_ops
@@ -50,6 +51,38 @@ class Conv2d(nn.Conv2d):
         return output if self.activation is None else torch.relu(output)
 
 
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d, plus `residual` if one is given, followed by `activation` (None or "relu").
+
+    Takes torch.nn.ConvTranspose2d's arguments; [N, C_in, h, w] and a residual [N, C_out, H, W] -> [N, C_out, H, W].
+    When `ops` is "fused" all of it is one kernel.
+    """
+
+    def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
+        super().__init__(*args, **kwargs)
+        check_ops(ops)
+        self.activation: Activation = activation
+        self.ops = ops
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+        if self.ops == "fused":
+            return fused_ops.conv_transpose2d(
+                input,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.output_padding,
+                self.groups,
+                self.dilation,
+                activation=self.activation,
+                residual=residual,
+            )
+        output = super().forward(input)
+        output = output if residual is None else output + residual
+        return output if self.activation is None else torch.relu(output)
+
+
 class UpConvConcat2d(nn.ConvTranspose2d):
     """A transposed convolution of `input`, concatenated behind `skip`: cat([skip, conv_transpose2d(input)],
     dim=1).
@@ -78,6 +111,23 @@ class UpConvConcat2d(nn.ConvTranspose2d):
                 self.dilation,
             )
         return torch.cat([skip, super().forward(input)], dim=1)
+
+
+def halve(input: Tensor, ops: Ops) -> Tensor:
+    """The maxima of 2x2 windows, stride 2: [N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]. As in Caffe, the last
+    row and column of an odd size have windows of their own."""
+    return F.max_pool2d(input, 2, ceil_mode=True)
+
+
+def halve_with_places(input: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    """(what `halve` gives, where each maximum was, for `unpool`)"""
+    return F.max_pool2d(input, 2, ceil_mode=True, return_indices=True)
+
+
+def unpool(input: Tensor, places: Tensor, size: tuple[int, int], ops: Ops) -> Tensor:
+    """Each value at the place that `halve_with_places` found it at, zeros elsewhere:
+    [N, C, h, w] -> [N, C, *size]."""
+    return F.max_unpool2d(input, places, (2, 2), output_size=size)
 
 
 def rnn(*args, ops: Ops = "fused", **kwargs) -> nn.RNNBase:

@@ -28,7 +28,7 @@ class NetworkTests:
     parameters: ClassVar[dict[tuple[int, int], int]]
     """(in_channels, num_classes) -> number of parameters of the published network"""
     published: ClassVar[dict[str, Any]] = {}
-    """keyword arguments of the network that `layer_table` describes"""
+    """keyword arguments of the network that `parameters` and `layer_table` describe"""
     published_input: ClassVar[tuple[int, ...]]
     layer_table: ClassVar[list[tuple[str, tuple[int, ...]]]]
     """modules of the published network in the order of their calls, with the shape of their output"""
@@ -36,16 +36,18 @@ class NetworkTests:
     """keyword arguments of the constructor"""
     tiny_sizes: ClassVar[dict[tuple[int, int], tuple[int, int]]]
     """height and width that the tiny network takes -> those of its output; the smallest first"""
+    training_steps: ClassVar[int] = 10
+    learning_rate: ClassVar[float] = 0.02
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
         torch.manual_seed(0)
         return self.network(1, 2, ops=ops, **(self.tiny | kwargs))
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """A fused and a torch network with the same fp64 weights, biases that are not zero included."""
+        """A fused and a torch network with the same fp64 weights, and biases and score layers that are not zero."""
         fused, torch_ = self.build("fused").double(), self.build("torch").double()
-        for parameter in fused.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in fused.named_parameters():
+            if name.endswith("bias") or not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
         torch_.load_state_dict(fused.state_dict())
         return fused, torch_
@@ -57,7 +59,7 @@ class NetworkTests:
     def test_parameter_count(self):
         for channels, count in self.parameters.items():
             with torch.device("meta"):
-                network = self.network(*channels)
+                network = self.network(*channels, **self.published)
             assert sum(parameter.numel() for parameter in network.parameters()) == count
 
     def test_layer_table(self):
@@ -94,18 +96,19 @@ class NetworkTests:
             x = self.sample().requires_grad_()
             output = network.eval()(x)
             output.square().sum().backward()
-            results.append([output, x.grad, *(parameter.grad for parameter in network.parameters())])
+            learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            results.append([output, x.grad, *(parameter.grad for parameter in learnt)])
         for ours, theirs in zip(*results, strict=True):
             assert theirs.abs().max() > 0
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * theirs.abs().max().item())
 
-    def test_same_losses_over_ten_training_steps(self):
-        fused, torch_ = (self._train(network, 10) for network in self.pair())
+    def test_same_losses_over_training_steps(self):
+        fused, torch_ = (self._train(network, self.training_steps) for network in self.pair())
         assert fused[-1] < 0.9 * fused[0]
         assert fused == pytest.approx(torch_, rel=1e-9)
 
     def _train(self, network: nn.Module, steps: int) -> list[float]:
-        optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+        optimizer = torch.optim.SGD(network.parameters(), self.learning_rate, momentum=0.9)
         x = self.sample()
         target = torch.arange(next(iter(self.tiny_sizes.values()))[1]) % 2
         losses = []

@@ -16,12 +16,12 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported, just below: the dry run is to check the kernels, not ATen against itself.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from . import bench_conv, bench_rnn, report  # noqa: E402
+from . import bench_conv, bench_pool, bench_rnn, report  # noqa: E402
 from .case import Case, run_case  # noqa: E402
 from .timing import GRAPH_BELOW, measure, measure_ceilings  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-BENCHES = (bench_conv, bench_rnn)
+BENCHES = (bench_conv, bench_pool, bench_rnn)
 QUICK_SECONDS = 420  # after which --quick starts no further case: the rest of eight minutes is for the last one
 
 # Outside a terminal, where rich assumes 80 columns, the tables would lose half of their words.

@@ -1,7 +1,45 @@
-"""What the kernels of all ops share."""
+"""What the kernels of all ops share: pixel indices, addresses, bounds and the product."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def unravel(pixel, D, H, W, NDIM: tl.constexpr):
+    """Flat pixel index over (n, d, h, w), w fastest, to its four coordinates."""
+    w = pixel % W
+    n = pixel // W
+    h = w * 0
+    d = w * 0
+    if NDIM >= 2:
+        h = n % H
+        n = n // H
+    if NDIM == 3:
+        d = n % D
+        n = n // D
+    return n, d, h, w
+
+
+@triton.jit
+def element_offset(n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr):
+    """Element offset of a pixel, in 64 bits: tensors may pass 2^31 elements. All offsets are multiples of VEC."""
+    offset = n.to(tl.int64) * stride_n + w.to(tl.int64) * stride_w
+    if NDIM >= 2:
+        offset += h.to(tl.int64) * stride_h
+    if NDIM == 3:
+        offset += d.to(tl.int64) * stride_d
+    # Said here and not by the caller: on the result of a call the hint would be lost when the call is inlined.
+    return tl.multiple_of(offset, VEC)
+
+
+@triton.jit
+def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
+    mask = (w >= 0) & (w < W)
+    if NDIM >= 2:
+        mask = mask & (h >= 0) & (h < H)
+    if NDIM == 3:
+        mask = mask & (d >= 0) & (d < D)
+    return mask
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,6 +50,51 @@ class Example:
     arrange: Callable[[list[Tensor]], tuple[Any, ...]] = tuple
 
 
+def _places(indices: Callable[[Tensor], Tensor], *rest: Any) -> Callable[[list[Tensor]], tuple[Any, ...]]:
+    """Arguments of an unpooling: one value in each window of two, at the place that `indices` gives for it."""
+    return lambda tensors: (tensors[0], indices(tensors[0]), *rest)
+
+
+def _every_other(values: Tensor) -> Tensor:
+    return 2 * torch.arange(values[0, 0].numel(), device=values.device).view(values.shape[2:]).expand_as(values)
+
+
+def _pooled(axes: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def pool(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+        values, indices = getattr(F, f"max_pool{axes}d")(x, kernel_size, return_indices=True)
+        return values, fused_ops.indices_to_offsets(indices, x.shape, kernel_size)
+
+    return pool
+
+
+def _nails(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Each value at the first place of its window of two, in whatever number of axes."""
+    y = x.new_zeros(*x.shape[:2], *(2 * i for i in x.shape[2:]))
+    y[(..., *[slice(None, None, 2)] * (x.dim() - 2))] = x
+    return y
+
+
+def _pool_examples() -> list[Example]:
+    sizes = {1: (11,), 2: (6, 9), 3: (4, 5, 6)}
+    zeros = partial(torch.zeros_like, dtype=torch.uint8)
+    doubled = {axes: tuple(2 * i for i in size) for axes, size in sizes.items()}
+    options = {"kernel_size": 2}
+    rows: list[Example] = []
+    for axes, size in sizes.items():
+        rows.append(Example(f"max_pool{axes}d", getattr(F, f"max_pool{axes}d"), ((2, 3, *size),), options))
+    for axes, size in sizes.items():
+        function = getattr(F, f"max_unpool{axes}d")
+        rows.append(Example(f"max_unpool{axes}d", function, ((2, 3, *size),), options, _places(_every_other)))
+    for axes, size in sizes.items():
+        rows.append(Example(f"max_pool{axes}d_with_offsets", _pooled(axes), ((2, 3, *size),), options))
+    for axes, size in sizes.items():
+        arrange = _places(zeros, doubled[axes])
+        rows.append(Example(f"max_unpool{axes}d_with_offsets", _nails, ((2, 3, *size),), options, arrange))
+    rows.append(Example("unpool_nearest2d", partial(F.interpolate, scale_factor=2), ((2, 3, 5, 7),)))
+    rows.append(Example("unpool_nails2d", _nails, ((2, 3, 5, 7),)))
+    return rows
+
+
 # One line for every op of fused_ops. Odd sizes, so that no tile fits exactly.
 EXAMPLES = (
     Example("conv1d", F.conv1d, ((2, 5, 19), (7, 5, 3), (7,)), {"stride": 2, "padding": 1}),
@@ -68,6 +114,7 @@ EXAMPLES = (
         ((2, 6, 5, 7), (2, 3, 10, 14), (6, 3, 2, 2), (3,)),
         {"stride": 2},
     ),
+    *_pool_examples(),
     Example("rnn_tanh", torch.rnn_tanh, ((5, 3, 6), (1, 3, 19), (19, 6), (19, 19), (19,), (19,)), arrange=_sequence),
     Example("rnn_relu", torch.rnn_relu, ((5, 3, 6), (1, 3, 19), (19, 6), (19, 19), (19,), (19,)), arrange=_sequence),
     Example("rnn_tanh_cell", torch.rnn_tanh_cell, ((3, 6), (3, 19), (19, 6), (19, 19), (19,), (19,))),

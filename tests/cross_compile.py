@@ -144,11 +144,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def compile_all(targets: list[str]) -> list[Compiled]:
     """One row for every distinct compilation, per target."""
-    from . import cross_compile_conv, cross_compile_rnn
+    from . import cross_compile_conv, cross_compile_pool, cross_compile_rnn
 
     rows: dict[tuple[str, ...], Compiled] = {}
     for target in targets:
-        for family in (cross_compile_conv, cross_compile_rnn):
+        for family in (cross_compile_conv, cross_compile_pool, cross_compile_rnn):
             for case in family.cases(TARGETS[target]):
                 row = compile_case(case, target)
                 rows[(target, row.kernel, row.case, row.dtype)] = row

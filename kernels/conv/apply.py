@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot
-from .tile import CHANNEL_STRIDES, RUNTIME, element_offset, in_bounds, store_tile, unravel
+from ..tile import dot, element_offset, in_bounds, unravel
+from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)

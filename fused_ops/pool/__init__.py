@@ -1,0 +1,46 @@
+"""Max-pooling and unpooling."""
+
+from .functional import (
+    indices_to_offsets,
+    max_pool1d,
+    max_pool1d_with_offsets,
+    max_pool2d,
+    max_pool2d_with_offsets,
+    max_pool3d,
+    max_pool3d_with_offsets,
+    max_unpool1d,
+    max_unpool1d_with_offsets,
+    max_unpool2d,
+    max_unpool2d_with_offsets,
+    max_unpool3d,
+    max_unpool3d_with_offsets,
+    offsets_to_indices,
+    unpool_nails2d,
+    unpool_nearest2d,
+)
+from .modules import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
+
+__all__ = [
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "indices_to_offsets",
+    "max_pool1d",
+    "max_pool1d_with_offsets",
+    "max_pool2d",
+    "max_pool2d_with_offsets",
+    "max_pool3d",
+    "max_pool3d_with_offsets",
+    "max_unpool1d",
+    "max_unpool1d_with_offsets",
+    "max_unpool2d",
+    "max_unpool2d_with_offsets",
+    "max_unpool3d",
+    "max_unpool3d_with_offsets",
+    "offsets_to_indices",
+    "unpool_nails2d",
+    "unpool_nearest2d",
+]

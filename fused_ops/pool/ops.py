@@ -1,0 +1,302 @@
+"""Registration of max-pooling and unpooling with PyTorch: schema, kernels, fake tensors, autograd, vmap.
+
+    backstride::max_pool           maxima of windows, and their places
+    backstride::max_pool_spread    pooled values back at their places, summed or the last: windows known
+    backstride::max_pool_pick      values at the places
+    backstride::max_unpool         values at any indices, the last where several meet
+
+A place is a pixel (int64, flat in its plane, as torch's) or an offset in the window (uint8). The gradient of max_pool
+is a spread, that of a spread or an unpooling is a pick, and that of a pick a spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ...kernels import pool as kernels
+from ...kernels.pool import Windows, reference
+from ..dispatch import ATEN, kernel_path
+
+_WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+
+library = torch.library.Library("backstride", "FRAGMENT")
+library.define(f"max_pool(Tensor x, {_WINDOWS}, SymInt[] output_size, bool offsets) -> (Tensor, Tensor)")
+library.define(f"max_pool_spread(Tensor y, Tensor index, {_WINDOWS}, SymInt[] input_size, bool total) -> Tensor")
+library.define(f"max_pool_pick(Tensor x, Tensor index, {_WINDOWS}) -> Tensor")
+library.define("max_unpool(Tensor y, Tensor index, SymInt[] output_size) -> Tensor")
+
+registered = torch.ops.backstride
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.dim() == 3 else suggest_memory_format(x)
+
+
+def _empty(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Of shape (N, C, *size), channels_last where `like` is."""
+    shape = (*like.shape[:2], *size)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=_format(like))
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor with the strides of the other, which has its shape."""
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+
+
+def _windows(kernel, stride, padding, dilation) -> Windows:
+    return Windows(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
+def _max_pool(x, kernel, stride, padding, dilation, output_size, offsets):
+    windows = _windows(kernel, stride, padding, dilation)
+    y = _empty(x, output_size)
+    index = _empty(x, output_size, torch.uint8 if offsets else torch.int64)
+    if kernel_path(x).name != ATEN:
+        kernels.max_pool(x, y, index, windows)
+        return y, index
+    values, places = reference.max_pool(x, output_size, windows)
+    places = reference.offsets_of_indices(places, x.shape[2:], windows) if offsets else places
+    return y.copy_(values), index.copy_(places)
+
+
+def _max_pool_spread(y, index, kernel, stride, padding, dilation, input_size, total):
+    windows = _windows(kernel, stride, padding, dilation)
+    x = _empty(index, input_size, y.dtype)
+    if kernel_path(y).name != ATEN:
+        kernels.spread(_like(y, index), index, x, windows, total=total)
+        return x
+    define = reference.spread if total else reference.max_unpool
+    return x.copy_(define(y, _pixels(index, input_size, windows), input_size))
+
+
+def _max_pool_pick(x, index, kernel, stride, padding, dilation):
+    windows = _windows(kernel, stride, padding, dilation)
+    y = torch.empty_like(index, dtype=x.dtype)
+    if kernel_path(x).name != ATEN:
+        kernels.pick(x, index, y, windows)
+        return y
+    return y.copy_(reference.pick(x, _pixels(index, x.shape[2:], windows)))
+
+
+def _max_unpool(y, index, output_size):
+    x = _empty(y, output_size)
+    if kernel_path(y).name == ATEN:
+        return x.copy_(reference.max_unpool(y, index, output_size))
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels.max_unpool(y.contiguous(), index.contiguous(), result)
+    return _like(result, x)
+
+
+def _pixels(index: Tensor, size: Sequence[int], windows: Windows) -> Tensor:
+    return reference.indices_of_offsets(index, size, windows) if index.dtype == torch.uint8 else index
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("max_pool", _max_pool, key)
+    library.impl("max_pool_spread", _max_pool_spread, key)
+    library.impl("max_pool_pick", _max_pool_pick, key)
+    library.impl("max_unpool", _max_unpool, key)
+
+
+@torch.library.register_fake("backstride::max_pool", lib=library)
+def _(x, kernel, stride, padding, dilation, output_size, offsets):
+    return _empty(x, output_size), _empty(x, output_size, torch.uint8 if offsets else torch.int64)
+
+
+@torch.library.register_fake("backstride::max_pool_spread", lib=library)
+def _(y, index, kernel, stride, padding, dilation, input_size, total):
+    return _empty(index, input_size, y.dtype)
+
+
+@torch.library.register_fake("backstride::max_pool_pick", lib=library)
+def _(x, index, kernel, stride, padding, dilation):
+    return torch.empty_like(index, dtype=x.dtype)
+
+
+@torch.library.register_fake("backstride::max_unpool", lib=library)
+def _(y, index, output_size):
+    return _empty(y, output_size)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
+
+    windows: tuple[Sequence[int], ...]
+    size: Sequence[int]  # of the result
+    flag: bool = False  # offsets, or total
+
+
+class _MaxPool(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered.max_pool.default(x, *settings.windows, settings.size, settings.flag)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.settings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+        ctx.size = x.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_pool_spread(grads[0], index, *ctx.settings.windows, ctx.size, True), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_pool_pick(tangents[0], index, *ctx.settings.windows), None
+
+
+class _Spread(torch.autograd.Function):
+    """With flag the adjoint of a pick, without it an unpooling. Of both, torch lets every y have the gradient where
+    it went, also one that a later window overwrote."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch._C._AutoDispatchBelowAutograd():
+            op = registered.max_pool_spread.default
+            return op(y, index, *settings.windows, settings.size, settings.flag)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, index, ctx.settings = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_pool_pick(grads[0], index, *ctx.settings.windows), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_pool_spread(tangents[0], index, *ctx.settings.windows, ctx.settings.size, ctx.settings.flag)
+
+
+class _Pick(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered.max_pool_pick.default(x, index, *settings.windows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, index, ctx.settings = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.size = x.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        if not any(ctx.settings.windows[0]):  # the indices are anybody's
+            return reference.spread(grads[0], index, ctx.size), None, None
+        return max_pool_spread(grads[0], index, *ctx.settings.windows, ctx.size, True), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_pool_pick(tangents[0], index, *ctx.settings.windows)
+
+
+class _MaxUnpool(torch.autograd.Function):
+    """As torch, every y has the gradient where it went, also one that a later y overwrote."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered.max_unpool.default(y, index, settings.size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, index, ctx.settings = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        none = [0] * (index.dim() - 2)
+        return max_pool_pick(grads[0], index, none, none, none, none), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return max_unpool(tangents[0], index, ctx.settings.size)
+
+
+def _max_pool_autograd(x, kernel, stride, padding, dilation, output_size, offsets):
+    return _MaxPool.apply(x, _Settings((kernel, stride, padding, dilation), output_size, offsets))
+
+
+def _spread_autograd(y, index, kernel, stride, padding, dilation, input_size, total):
+    return _Spread.apply(y, index, _Settings((kernel, stride, padding, dilation), input_size, total))
+
+
+def _pick_autograd(x, index, kernel, stride, padding, dilation):
+    return _Pick.apply(x, index, _Settings((kernel, stride, padding, dilation), index.shape[2:]))
+
+
+def _max_unpool_autograd(y, index, output_size):
+    return _MaxUnpool.apply(y, index, _Settings((), output_size))
+
+
+def _differentiable(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `function` as the op's autograd. Returns what this package calls: torch.compile is to see the op itself,
+    and torch.func, which can't look below an op, the autograd.Function."""
+    library.impl(name, function, "Autograd")
+    op = getattr(registered, name).default
+
+    def call(*arguments: Any) -> Any:
+        return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
+
+
+max_pool = _differentiable("max_pool", _max_pool_autograd)
+max_pool_spread = _differentiable("max_pool_spread", _spread_autograd)
+max_pool_pick = _differentiable("max_pool_pick", _pick_autograd)
+max_unpool = _differentiable("max_unpool", _max_unpool_autograd)
+
+
+def _vmap(name: str, tensors: int) -> None:
+    """One more batch axis of the op's first arguments, its tensors, joins the batch."""
+    op = getattr(registered, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        folded = [
+            (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+            for t, dim in zip(arguments[:tensors], in_dims, strict=False)
+        ]
+        result = op(*folded, *arguments[tensors:])
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in result), (0, 0)
+
+    torch.library.register_vmap(f"backstride::{name}", rule, lib=library)
+
+
+_vmap("max_pool", 1)
+_vmap("max_pool_spread", 2)
+_vmap("max_pool_pick", 2)
+_vmap("max_unpool", 2)

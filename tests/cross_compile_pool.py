@@ -1,0 +1,55 @@
+"""The pooling kernels on real layers, as cases to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from backstride.kernels.pool import Windows, launch, pool
+
+from .cross_compile import Case, Target
+
+# name, image, windows
+LAYERS = [
+    ("SegNet 2x2", (4, 64, 360, 480), Windows((2, 2), (2, 2), (0, 0), (1, 1))),
+    ("ResNet 3x3 s2", (16, 64, 256, 256), Windows((3, 3), (2, 2), (1, 1), (1, 1))),
+    ("1-D 2 s2", (16, 64, 4096), Windows((2,), (2,), (0,), (1,))),
+    ("V-Net 2x2x2", (2, 32, 64, 64, 64), Windows((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1))),
+    ("SPP 13x13 s1", (8, 512, 13, 13), Windows((13, 13), (1, 1), (6, 6), (1, 1))),
+]
+POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
+
+
+def _signature(kernel: Any, constants: dict[str, Any], index: str) -> dict[str, str]:
+    pointers = POINTERS | {"index_ptr": index, "owner_ptr": "*i64"}
+    return {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """Every layer in both layouts, with offsets and with indices; bf16, which fp32 differs from in its loads alone."""
+    options = {"num_warps": 4, "num_stages": 3}
+    for name, shape, windows in LAYERS:
+        for channels_last in (False, True):
+            if channels_last and len(shape) == 3:
+                continue
+            image = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            if channels_last:
+                image = image.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+            for offsets in (True, False):
+                index = torch.empty(0, dtype=torch.uint8 if offsets else torch.int64, device="meta")
+                shared = launch.constants_of(windows, image, image, index) | {"BLOCK": launch.BLOCK} | options
+                reduction = launch.reduction_constants(windows, image)
+                for kernel, extra in (
+                    (pool.max_pool_kernel, reduction),
+                    (pool.spread_kernel, reduction | {"SUM": True}),
+                    (pool.pick_kernel, {}),
+                ):
+                    constants = shared | extra
+                    signature = _signature(kernel, constants, "*u8" if offsets else "*i64")
+                    layout = "channels_last" if channels_last else "contiguous"
+                    places = "offsets" if offsets else "indices"
+                    yield Case(kernel, signature, constants, f"{name}, {layout}, {places}", "bf16")
+    for kernel in (pool.claim_kernel, pool.fill_kernel):
+        constants = {"BLOCK": launch.BLOCK} | options
+        yield Case(kernel, _signature(kernel, constants, "*i64"), constants, "any", "bf16")

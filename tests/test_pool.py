@@ -1,0 +1,357 @@
+"""Max-pooling and unpooling against torch: its own samples and errors, places, overlaps, gradients, bad indices."""
+
+import re
+from functools import partial
+
+import backstride.fused_ops as fused
+import pytest
+import torch
+import torch.nn.functional as F
+from backstride.kernels import pool as kernels
+from backstride.kernels.pool import Windows, reference
+from backstride.kernels.runtime import INTERPRETED
+from torch import nn
+from torch.func import grad, vmap
+from torch.testing._internal.common_methods_invocations import op_db
+
+SAMPLES = {
+    "max_pool1d": 864,
+    "max_pool2d": 1440,
+    "max_pool3d": 576,
+    "max_unpool1d": 144,
+    "max_unpool2d": 288,
+    "max_unpool3d": 96,
+}
+OPS = {
+    name: next(o for o in op_db if o.name == f"nn.functional.{name}" and not o.variant_test_name) for name in SAMPLES
+}
+ERRORS = {"max_pool1d": 24, "max_pool2d": 7, "max_pool3d": 7, "max_unpool1d": 1, "max_unpool2d": 1, "max_unpool3d": 1}
+# The interpreter takes a tenth of a second for each: every n-th sample, n having no factor in common with the options.
+PART = {"max_pool1d": 23, "max_pool2d": 31, "max_pool3d": 17, "max_unpool1d": 5, "max_unpool2d": 11, "max_unpool3d": 5}
+
+fp64_kernels = pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
+
+
+def samples(name, device="cpu", dtype=torch.float32):
+    return list(OPS[name].sample_inputs(device, dtype, requires_grad=False))
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_numbers(name):
+    assert len(samples(name)) == SAMPLES[name]
+    assert len(list(OPS[name].error_inputs("cpu"))) == ERRORS[name]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples(name, device):
+    """Equal to the bit, indices and strides included."""
+    for sample in samples(name, device)[:: PART[name]]:
+        ours = getattr(fused, name)(sample.input, *sample.args, **sample.kwargs)
+        theirs = OPS[name].op(sample.input, *sample.args, **sample.kwargs)
+        for a, b in zip(as_tuple(ours), as_tuple(theirs), strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride(), (sample.input.shape, sample.args, sample.kwargs)
+
+
+@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d", "max_pool3d"])
+def test_the_definition_on_every_sample(name):
+    """The readable definition agrees with torch; the kernels are compared with it below."""
+    axes = int(name[-2])
+    for sample in samples(name):
+        keywords = dict(sample.kwargs) | {"return_indices": True}
+        values, indices = OPS[name].op(sample.input, *sample.args, **keywords)
+        x = sample.input if sample.input.dim() == axes + 2 else sample.input.unsqueeze(0)
+        call = fused.pool.functional._bind(
+            axes, x, sample.args[0] if sample.args else keywords["kernel_size"], *window_arguments(sample)
+        )
+        assert call is not None
+        out = values.shape[-axes:]
+        ours = reference.max_pool(x, out, Windows(*(tuple(v) for v in call.windows)))
+        assert torch.equal(ours[0].view_as(values), values) and torch.equal(ours[1].view_as(indices), indices)
+
+
+def window_arguments(sample):
+    return (
+        sample.kwargs.get("stride"),
+        sample.kwargs.get("padding", 0),
+        sample.kwargs.get("dilation", 1),
+    )
+
+
+@pytest.mark.parametrize("name, index", [(name, i) for name, count in ERRORS.items() for i in range(count)])
+def test_errors_are_torchs(name, index):
+    error = list(OPS[name].error_inputs("cpu"))[index]
+    sample = error.sample_input
+    with pytest.raises(error.error_type) as caught:
+        getattr(fused, name)(sample.input, *sample.args, **sample.kwargs)
+    assert re.search(error.error_regex, str(caught.value))
+
+
+# axes, image, kernel, stride, padding, dilation, ceil_mode: patches, overlaps, gaps, odd ends, one to three axes.
+WINDOWS = {
+    "2x2": (2, (2, 3, 6, 8), 2, 2, 0, 1, False),
+    "overlap": (2, (1, 3, 7, 9), 3, 2, 1, 1, True),
+    "gaps": (2, (1, 2, 9, 7), 2, 3, 0, 1, False),
+    "dilated": (2, (1, 2, 9, 9), (3, 2), (1, 2), (1, 0), (2, 3), False),
+    "large": (2, (1, 2, 9, 9), 6, 3, 2, 1, True),
+    "1-D": (1, (2, 3, 11), 3, 2, 1, 1, False),
+    "3-D": (3, (1, 2, 5, 4, 6), 2, (1, 2, 2), 0, 1, False),
+}
+POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+@pytest.fixture(params=list(WINDOWS))
+def layer(request):
+    return WINDOWS[request.param]
+
+
+def images(shape, device, dtype=torch.float32):
+    """Random, and full of ties, infinities and NaN; contiguous, channels_last and sliced."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    yield x
+    hostile = x.round().clone()
+    hostile.view(-1)[::7], hostile.view(-1)[3::5], hostile.view(-1)[1::11] = float("-inf"), float("inf"), float("nan")
+    yield hostile
+    if len(shape) > 3:
+        yield x.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    yield torch.stack([x, x], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_places_and_the_way_back(layer, dtype, device):
+    axes, shape, *windows, ceil_mode = layer
+    for x in images(shape, device, dtype):
+        values, indices = POOL[axes](x, *windows, ceil_mode, return_indices=True)
+        ours = getattr(fused, f"max_pool{axes}d")(x, *windows, ceil_mode, True)
+        torch.testing.assert_close(ours, (values, indices), rtol=0, atol=0, equal_nan=True)
+        assert ours[0].stride() == values.stride()
+        small, offsets = getattr(fused, f"max_pool{axes}d_with_offsets")(x, *windows, ceil_mode)
+        torch.testing.assert_close(small, values, rtol=0, atol=0, equal_nan=True)
+        assert offsets.dtype == torch.uint8
+        assert torch.equal(fused.offsets_to_indices(offsets, x.shape, *windows), indices)
+        assert torch.equal(fused.indices_to_offsets(indices, x.shape, *windows), offsets)
+        marks = torch.arange(values.numel(), device=device).view_as(values).to(dtype)
+        back = getattr(fused, f"max_unpool{axes}d_with_offsets")(marks, offsets, x.shape, *windows)
+        expected = reference.max_unpool(marks.cpu(), indices.cpu(), x.shape[2:])
+        assert torch.equal(back.cpu(), expected)
+
+
+def test_gradient_is_torchs(layer, device):
+    axes, shape, *windows, ceil_mode = layer
+    for x in images(shape, device):
+        x = x.detach().requires_grad_()
+        results = [f(x, *windows, ceil_mode) for f in (getattr(fused, f"max_pool{axes}d"), POOL[axes])]
+        seed = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1)).to(device)
+        gradients = [torch.autograd.grad(y, x, seed)[0] for y in results]
+        torch.testing.assert_close(*gradients)
+
+
+@fp64_kernels
+def test_derivatives(layer):
+    """First and second, backward and forward, of pooling and unpooling, by indices and by offsets."""
+    axes, shape, *windows, ceil_mode = layer
+    shape = (1, 1, *[min(n, 6) for n in shape[2:]]) if "6" not in str(windows) else (1, 1, 7, 7)
+    x = torch.randperm(torch.Size(shape).numel(), generator=torch.Generator().manual_seed(0)).double()
+    x = (x / 7).view(shape).requires_grad_()
+    pool, with_offsets, unpool = (
+        getattr(fused, f"max_{name}")
+        for name in (f"pool{axes}d", f"pool{axes}d_with_offsets", f"unpool{axes}d_with_offsets")
+    )
+    check = partial(torch.autograd.gradcheck, fast_mode=True, check_forward_ad=True)
+    assert check(lambda x: pool(x, *windows, ceil_mode), x)
+    assert torch.autograd.gradgradcheck(lambda x: pool(x, *windows, ceil_mode), x, fast_mode=True)
+    values, offsets = with_offsets(x.detach(), *windows, ceil_mode)
+    y = values.clone().requires_grad_()
+    indices = fused.offsets_to_indices(offsets, shape, *windows)
+    if indices.unique().numel() < indices.numel():
+        return check_overlaps(unpool, y, offsets, indices, shape, windows)
+    assert check(lambda y: unpool(y, offsets, shape, *windows), y)
+    assert torch.autograd.gradgradcheck(lambda y: unpool(y, offsets, shape, *windows), y, fast_mode=True)
+
+
+def check_overlaps(unpool, y, offsets, indices, shape, windows):
+    """As in torch, a value that was overwritten still has the gradient of where it went."""
+    result = unpool(y, offsets, shape, *windows)
+    seed = torch.randn(shape, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(result, y, seed)
+    assert torch.equal(gradient, seed.flatten(2).gather(2, indices.flatten(2)).view_as(y))
+
+
+@fp64_kernels
+def test_derivatives_of_unpooling_by_indices():
+    indices = torch.tensor([[[[3, 0], [9, 14]]]])
+    y = torch.randn(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: fused.max_unpool2d(y, indices, 2), y, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda y: fused.max_unpool2d(y, indices, 2), y)
+
+
+def test_any_indices_and_duplicates(device):
+    """The last in row-major order stands, as on torch's CPU; planes do not mix."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 24, (2, 3, 4, 5), generator=generator)
+    values = torch.randn(2, 3, 4, 5, generator=generator)
+    expected = torch.zeros(2, 3, 24)
+    for n in range(2):
+        for c in range(3):
+            for i, v in zip(indices[n, c].flatten(), values[n, c].flatten(), strict=True):
+                expected[n, c, i] = v
+    result = kernels_unpool(values.to(device), indices.to(device), (4, 6))
+    assert torch.equal(result.cpu().flatten(2), expected)
+    unpooled = reference.max_unpool(values, indices, (4, 6))
+    assert torch.equal(unpooled.flatten(2), expected)
+
+
+def kernels_unpool(values, indices, size):
+    result = torch.full((*values.shape[:2], *size), torch.nan, device=values.device)
+    kernels.max_unpool(values, indices, result)
+    return result
+
+
+@pytest.mark.parametrize("wrong", [-1, 24, 2**32 + 3, -(2**40)])
+def test_indices_outside_write_nothing(wrong, device):
+    """Compared in 64 bits: torch's own kernel takes 2^32 + 3 for 3 (pytorch issue 197409)."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    values = torch.ones(1, 1, 2, 2, device=device)
+    indices = torch.tensor([[[[5, wrong], [7, wrong]]]], device=device)
+    result = kernels_unpool(values, indices, (4, 6))
+    assert result.sum().item() == 2 and result.flatten()[[5, 7]].tolist() == [1, 1]
+    gradient = torch.full_like(values, torch.nan)
+    none = Windows((0, 0), (0, 0), (0, 0), (0, 0))
+    kernels.pick(torch.ones(1, 1, 4, 6, device=device), indices, gradient, none)
+    assert gradient.flatten().tolist() == [1, 0, 1, 0]
+
+
+def test_indices_outside_are_named(monkeypatch, device):
+    values, indices = torch.ones(1, 1, 2, 2, device=device), torch.tensor([[[[0, 3], [9, 99]]]], device=device)
+    monkeypatch.setenv("BACKSTRIDE_CHECK_INDICES", "1")
+    with pytest.raises(RuntimeError, match=r"Found an invalid max index: 99 \(output volumes are of size 4x4\)"):
+        fused.max_unpool2d(values, indices, 2)
+
+
+def test_every_element_is_written(layer, device):
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    axes, shape, *windows, ceil_mode = layer
+    x = torch.randn(shape, device=device)
+    values, indices = POOL[axes](x, *windows, ceil_mode, return_indices=True)
+    per_axis = Windows(*((v,) * axes if isinstance(v, int) else v for v in windows))
+    y, places = torch.full_like(values, torch.nan), torch.full_like(indices, -7)
+    kernels.max_pool(x, y, places, per_axis)
+    assert torch.equal(y, values) and torch.equal(places, indices)
+    back = torch.full_like(x, torch.nan)
+    kernels.spread(y, places, back, per_axis, total=True)
+    assert not back.isnan().any()
+    assert back.sum().item() == pytest.approx(y.sum().item(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_modules(axes, device):
+    """Same outputs, output_size chosen or not, unbatched too, and the same representation."""
+    arguments = {"kernel_size": 3, "stride": 2, "padding": 1}
+    pools = [
+        getattr(library, f"MaxPool{axes}d")(**arguments, return_indices=True, ceil_mode=True) for library in (fused, nn)
+    ]
+    unpools = [getattr(library, f"MaxUnpool{axes}d")(**arguments) for library in (fused, nn)]
+    assert repr(pools[0]) == repr(pools[1]) and repr(unpools[0]) == repr(unpools[1])
+    assert isinstance(pools[0], type(pools[1])) and isinstance(unpools[0], type(unpools[1]))
+    x = torch.randn(2, 3, *[9] * axes, device=device)
+    for image in (x, x[0]):
+        values, indices = pools[0](image)
+        torch.testing.assert_close((values, indices), pools[1](image))
+        unique = torch.arange(values[0, 0].numel() if image is x else values[0].numel(), device=device)
+        unique = unique.view(values.shape[-axes:]).expand_as(values).contiguous()
+        for size in (None, [9] * axes):
+            torch.testing.assert_close(unpools[0](values, unique, size), unpools[1](values, unique, size))
+
+
+def test_empty_batch(device):
+    x = torch.randn(0, 3, 8, 8, device=device, requires_grad=True)
+    values, indices = fused.max_pool2d(x, 2, return_indices=True)
+    assert values.shape == indices.shape == (0, 3, 4, 4)
+    assert fused.max_unpool2d(values, indices, 2).shape == (0, 3, 8, 8)
+    values.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_per_sample_gradients(device):
+    x = torch.randn(3, 1, 2, 6, 6, device=device)
+
+    def loss(pool, x):
+        values, indices = pool(x, 2, return_indices=True)
+        return values.square().sum()
+
+    torch.testing.assert_close(
+        vmap(grad(partial(loss, fused.max_pool2d)))(x), vmap(grad(partial(loss, F.max_pool2d)))(x)
+    )
+
+
+def test_wrong_offsets_and_windows_are_named():
+    x = torch.randn(1, 2, 8, 8)
+    values, offsets = fused.max_pool2d_with_offsets(x, 2)
+    with pytest.raises(ValueError, match="offsets must be uint8 of the input's shape"):
+        fused.max_unpool2d_with_offsets(values, offsets.long(), (8, 8), 2)
+    with pytest.raises(ValueError, match="a window of 256 pixels has no offset in 8 bits"):
+        fused.max_pool2d_with_offsets(torch.randn(1, 1, 16, 16), 16)
+    with pytest.raises(TypeError, match="takes floating numbers"):
+        fused.max_pool2d_with_offsets(torch.ones(1, 1, 4, 4, dtype=torch.int32), 2)
+    with pytest.raises(RuntimeError, match="pad should be"):
+        fused.max_pool2d_with_offsets(x, 2, padding=2)
+    with pytest.raises(ValueError, match="need"):
+        fused.offsets_to_indices(offsets[0, 0], (8, 8), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_lectures_unpoolings(dtype, device):
+    """1 2 / 3 4 by nearest neighbour, by a bed of nails, and back to where the maxima were."""
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]], dtype=dtype, device=device)
+    rows = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    assert fused.unpool_nearest2d(x)[0].tolist() == rows
+    assert fused.unpool_nails2d(x)[0].tolist() == [[1, 0, 2, 0], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]]
+    picture = torch.tensor([[[1, 2, 6, 3], [3, 5, 2, 1], [1, 2, 2, 1], [7, 3, 4, 8]]], dtype=dtype, device=device)
+    maxima, indices = fused.max_pool2d(picture, 2, return_indices=True)
+    assert maxima[0].tolist() == [[5, 6], [7, 8]]
+    back = fused.max_unpool2d(x, indices, 2)
+    assert back[0].tolist() == [[0, 0, 2, 0], [0, 1, 0, 0], [0, 0, 0, 0], [3, 0, 0, 4]]
+
+
+@fp64_kernels
+def test_adjoints_of_the_lectures_unpoolings():
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    for op in (fused.unpool_nearest2d, fused.unpool_nails2d):
+        assert torch.autograd.gradcheck(lambda x, op=op: op(x, (2, 3)), x)
+        assert torch.autograd.gradgradcheck(lambda x, op=op: op(x, (2, 3)), x)
+        with pytest.raises(ValueError, match="unpooling takes an image"):
+            op(x[0, 0])
+        with pytest.raises(ValueError, match="kernel_size 0"):
+            op(x, 0)
+
+
+def test_whole_numbers_take_torchs_way():
+    x = torch.randint(0, 9, (1, 2, 6, 6))
+    assert fused.explain(fused.max_pool2d, x, 2).name == "aten"
+    assert torch.equal(fused.max_pool2d(x, 2), F.max_pool2d(x, 2))
+
+
+WINDOW = ([2, 2], [2, 2], [0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("name", ["max_pool", "max_pool_spread", "max_pool_pick", "max_unpool"])
+def test_opcheck(name, offsets, requires_grad):
+    x = torch.randn(1, 2, 4, 6, requires_grad=requires_grad)
+    y, index = torch.ops.backstride.max_pool(x.detach(), *WINDOW, [2, 3], offsets)
+    y.requires_grad_(requires_grad)
+    arguments = {
+        "max_pool": (x, *WINDOW, [2, 3], offsets),
+        "max_pool_spread": (y, index, *WINDOW, [4, 6], True),
+        "max_pool_pick": (x, index, *WINDOW),
+        "max_unpool": (y, index.long(), [4, 6]),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.backstride, name).default, arguments)

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -18,9 +18,10 @@ from .layers import Ops
 from .options import DeviceOption, ResumeOption, console, find_device, given_settings
 from .predict import predict_probability, read_image, save_prediction
 from .recurrent.bptt import show_bptt
+from .segmentation.commands import train_scenes
 from .segmentation.unet import Padding
 from .training.checkpoint import write_json
-from .training.config import Optimizer, SegmentationConfig
+from .training.config import Optimizer, SceneNetwork, SegmentationConfig
 from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
 from .training.train import train
 
@@ -35,6 +36,8 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train a network.")
 app.add_typer(train_app, name="train")
 train_app.command("char-rnn")(train_char_rnn)
+for scene_network in get_args(SceneNetwork):
+    train_app.command(scene_network)(train_scenes)
 app.command("sample")(sample_text)
 show_app = typer.Typer(no_args_is_help=True, help="Show one idea of recurrent networks in numbers.")
 app.add_typer(show_app, name="show")

@@ -1,4 +1,4 @@
-"""The losses of U-Net: pixel-wise cross-entropy and the weights that push touching cells apart."""
+"""Pixel-wise cross-entropy, the weights that balance classes, and U-Net's that push touching cells apart."""
 
 import math
 from collections.abc import Iterable
@@ -22,18 +22,39 @@ def class_weights(masks: Iterable[Tensor], num_classes: int, ignore_index: int =
 
     Returns float32 [num_classes]. Raises ValueError for a mask with values outside 0 … num_classes - 1.
     """
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    for mask in masks:
-        valid = mask[mask != ignore_index]
-        if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
-            raise ValueError(
-                f"mask values must lie in 0 … {num_classes - 1} (or be {ignore_index}, ignored), "
-                f"but they range from {int(valid.min())} to {int(valid.max())}"
-            )
-        counts += torch.bincount(valid.cpu(), minlength=num_classes)
+    counts = sum(
+        (_counts(mask, num_classes, ignore_index) for mask in masks), torch.zeros(num_classes, dtype=torch.int64)
+    )
     occurring = counts > 0
     weights = counts.sum() / (occurring.sum() * counts).clamp_min(1)
     return torch.where(occurring, weights, 0.0).float()
+
+
+def median_frequency_weights(masks: Iterable[Tensor], num_classes: int, ignore_index: int = 255) -> Tensor:
+    """SegNet's class weights (Badrinarayanan et al. 2017, after Eigen, Fergus 2015): w_c = median(f) / f_c.
+
+    f_c is the number of pixels of class c, divided by that of all pixels (ignored ones included) of the masks in which
+    c occurs; the median is over the classes that occur. A class that does not occur has the weight 0.
+
+    Returns float32 [num_classes]. Raises ValueError for a mask with values outside 0 … num_classes - 1.
+    """
+    counts, pixels = torch.zeros(2, num_classes, dtype=torch.float64)
+    for mask in masks:
+        here = _counts(mask, num_classes, ignore_index)
+        counts += here
+        pixels += (here > 0) * mask.numel()
+    frequencies = counts / pixels
+    return (frequencies.nanmedian() / frequencies).nan_to_num().float()
+
+
+def _counts(mask: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    valid = mask[mask != ignore_index]
+    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
+        raise ValueError(
+            f"mask values must lie in 0 … {num_classes - 1} (or be {ignore_index}, ignored), "
+            f"but they range from {int(valid.min())} to {int(valid.max())}"
+        )
+    return torch.bincount(valid.cpu(), minlength=num_classes)
 
 
 def border_weight_map(

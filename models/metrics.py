@@ -86,6 +86,15 @@ class ConfusionMatrix:
         """Σ_i t_i IoU_i / Σ_i t_i"""
         return ((self._true * self.iou()).nansum() / self._true.sum()).item()
 
+    def fcn_scores(self) -> dict[str, float]:
+        """The four scores of the paper by name, each as documented above."""
+        return {
+            "pixel_accuracy": self.pixel_accuracy(),
+            "mean_accuracy": self.mean_accuracy(),
+            "mean_iou": self.mean_iou(),
+            "frequency_weighted_iou": self.frequency_weighted_iou(),
+        }
+
     def dice(self) -> Tensor:
         """Per class, float64 [C]: 2 n_ii / (t_i + p_i)"""
         return 2 * self._hits / (self._true + self._predicted)

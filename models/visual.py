@@ -83,8 +83,12 @@ def probability_map(probability: Tensor) -> Image.Image:
     return Image.fromarray((255 * probability.float()).round().byte().cpu().numpy())
 
 
-def overlay(image: Tensor, mask: Tensor, names: Sequence[str] | None = None) -> Image.Image:
+def overlay(
+    image: Tensor, mask: Tensor, names: Sequence[str] | None = None, colours: Sequence[tuple[int, int, int]] = ()
+) -> Image.Image:
     """The image with each class's regions tinted and outlined; class 0 stays as it is, ignored pixels grey.
+
+    With `colours` (RGB, one for each class in order) class 0 is tinted like the others.
 
     image: float [C, H, W] in [0, 1], one or three channels; mask: [H, W]; names: class names in order, for
     a legend below the picture. Returns an RGB picture. Raises ValueError for shapes that do not fit.
@@ -92,11 +96,18 @@ def overlay(image: Tensor, mask: Tensor, names: Sequence[str] | None = None) -> 
     pixels, classes = _rgb(image), _classes(mask)
     if pixels.shape[:2] != classes.shape:
         raise ValueError(f"image {list(image.shape)} and mask {list(mask.shape)} differ in size")
-    colours = palette()[classes]
-    tinted = np.where((classes > 0)[..., None], (1 - _TINT) * pixels + _TINT * colours, pixels)
-    outlined = np.where((_outline(classes) & (classes > 0))[..., None], colours, tinted)
+    hues = _with_own(colours)
+    shown, tinted_classes = hues[classes], classes >= (0 if len(colours) else 1)
+    tinted = np.where(tinted_classes[..., None], (1 - _TINT) * pixels + _TINT * shown, pixels)
+    outlined = np.where((_outline(classes) & tinted_classes)[..., None], shown, tinted)
     picture = Image.fromarray(outlined.round().astype(np.uint8))
-    return picture if names is None else _with_legend(picture, names)
+    return picture if names is None else _with_legend(picture, names, hues)
+
+
+def _with_own(colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    hues = palette()
+    hues[: len(colours)] = np.reshape(colours, (-1, 3))
+    return hues
 
 
 def _rgb(image: Tensor) -> np.ndarray:
@@ -127,7 +138,7 @@ def _outline(classes: np.ndarray) -> np.ndarray:
     return edge
 
 
-def _with_legend(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+def _with_legend(picture: Image.Image, names: Sequence[str], colours: np.ndarray) -> Image.Image:
     """Adds a strip of swatches and names, in as many lines as the picture's width asks for."""
     font = ImageFont.load_default(_FONT_SIZE)
     swatch, gap, line = _FONT_SIZE, 8, _FONT_SIZE + 10
@@ -141,7 +152,7 @@ def _with_legend(picture: Image.Image, names: Sequence[str]) -> Image.Image:
     sheet = Image.new("RGB", (picture.width, y + line), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
-    for (x, y), name, colour in zip(places, names, palette().tolist(), strict=False):
+    for (x, y), name, colour in zip(places, names, colours.tolist(), strict=False):
         # Class 0 is not tinted in the picture, so its swatch is empty.
         fill = tuple(colour) if any(colour) else "white"
         draw.rectangle((x, y + 2, x + swatch, y + 2 + swatch), fill=fill, outline=_GREY)
@@ -193,6 +204,7 @@ def sample_sheet(
     path: str | Path,
     columns: Sequence[str] = ("image", "truth", "before", "after"),
     names: Sequence[str] | None = None,
+    colours: Sequence[tuple[int, int, int]] = (),
 ) -> None:
     """Draws a table of pictures into a PNG: in each row an image and masks laid over it.
 
@@ -200,7 +212,8 @@ def sample_sheet(
     Masks after the truth carry their mean IoU.
 
     rows: each an image [C, H, W], its truth [H, W] and further masks [H, W], one entry for each column;
-    names: a caption for each row. Raises ValueError if a row and the columns differ in number.
+    names: a caption for each row; colours: as in `overlay`. Raises ValueError if a row and the columns differ in
+    number.
     """
     names = [""] * len(rows) if names is None else names
     for row in rows:
@@ -214,7 +227,7 @@ def sample_sheet(
         cells[0].imshow(_rgb(image).astype(np.uint8))
         cells[0].set_ylabel(name)
         for axes, mask in zip(cells[1:], (truth, *masks), strict=True):
-            axes.imshow(overlay(image, _regions(mask) if num_classes == 2 else mask))
+            axes.imshow(overlay(image, _regions(mask) if num_classes == 2 else mask, colours=colours))
         for axes, mask in zip(cells[2:], masks, strict=True):
             scores = ConfusionMatrix(num_classes)
             scores.update(mask, truth)

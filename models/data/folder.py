@@ -38,7 +38,7 @@ class FolderSegmentation(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, root: str | Path, indices: Sequence[int] | None = None):
         root = Path(root)
-        pairs = _pairs(_only_folder(root, IMAGE_FOLDERS), _only_folder(root, MASK_FOLDERS))
+        pairs = find_pairs(_only_folder(root, IMAGE_FOLDERS), _only_folder(root, MASK_FOLDERS))
         first_with, self.in_channels, pixels = _check(pairs)
         self.class_values = _class_values(first_with)
         self.num_classes = len(self.class_values)
@@ -60,10 +60,10 @@ class FolderSegmentation(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(pixels), torch.from_numpy(mask.astype(np.int64))
 
     def _load(self, image_path: Path, mask_path: Path) -> tuple[np.ndarray, np.ndarray]:
-        mask = _read(mask_path)
+        mask = read_picture(mask_path)
         if self.class_values == (0, 255):
             mask = mask == 255
-        return _read(image_path), mask.astype(np.uint8)
+        return read_picture(image_path), mask.astype(np.uint8)
 
 
 def _only_folder(root: Path, names: tuple[str, ...]) -> Path:
@@ -93,7 +93,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _pairs(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
+def find_pairs(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
     images, masks = _files(image_folder), _files(mask_folder)
     for here, there, folder in ((images, masks, mask_folder), (masks, images, image_folder)):
         alone = sorted(here.keys() - there.keys(), key=_natural)
@@ -118,7 +118,7 @@ def _open(path: Path) -> Image.Image:
     return picture
 
 
-def _read(path: Path) -> np.ndarray:
+def read_picture(path: Path) -> np.ndarray:
     with _open(path) as picture:
         try:
             return np.asarray(picture)
@@ -145,7 +145,7 @@ def _check(pairs: list[tuple[Path, Path]]) -> tuple[dict[int, Path], int, int]:
                     f"make all images grey or all RGB"
                 )
         pixels += image.width * image.height
-        for value in np.unique(_read(mask_path)).tolist():
+        for value in np.unique(read_picture(mask_path)).tolist():
             first_with.setdefault(int(value), mask_path)
     return first_with, _CHANNELS[first_mode], pixels
 

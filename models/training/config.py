@@ -11,6 +11,7 @@ from ..segmentation.unet import Padding
 from .checkpoint import write_json
 
 Optimizer = Literal["sgd", "adamw", "rmsprop"]
+SceneNetwork = Literal["segnet", "segnet-basic", "deconvnet", "fcn"]
 CONFIG_NAME = "config.json"
 
 
@@ -21,7 +22,7 @@ class TrainingConfig:
     steps: int = 2000
     batch_size: int = 1
     optimizer: Optimizer = "sgd"
-    """"sgd" has the U-Net paper's momentum of 0.99, "rmsprop" char-rnn's alpha of 0.95, "adamw" torch's
+    """"sgd" has the paper's momentum (U-Net 0.99, SegNet 0.9), "rmsprop" char-rnn's alpha of 0.95, "adamw" torch's
     defaults."""
     lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
@@ -41,6 +42,11 @@ class TrainingConfig:
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("schedule", self.schedule, ("constant", "cosine"))
         _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+
+    @property
+    def momentum(self) -> float:
+        """Of "sgd"."""
+        return 0.99
 
     @property
     def largest_gradient(self) -> float:
@@ -110,6 +116,27 @@ class SegmentationConfig(TrainingConfig):
     """sigma of the border weight map, in pixels."""
     in_channels: int = 1
     num_classes: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig(TrainingConfig):
+    """A network for driving scenes, and CamVid; the defaults are those of SegNet's training files."""
+
+    data: str
+    """CamVid's folder (see models/data/camvid.py)."""
+    network: SceneNetwork = "segnet"
+    width: int = 64
+    """Channels of the first stage."""
+    scale: int = 1
+    """Divides the height and the width of the images."""
+    batch_size: int = 4
+    steps: int = 40_000
+    every: int = 1000
+    ops: Ops = "fused"
+
+    @property
+    def momentum(self) -> float:
+        return 0.9
 
 
 @dataclass(frozen=True, kw_only=True)

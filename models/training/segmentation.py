@@ -1,6 +1,7 @@
 """The task of training a segmentation network, for the loop in train.py."""
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Subset
 
 from ..data.augment import elastic_deformation, mirror_pad, random_crop, random_flip_rotate
@@ -19,8 +20,8 @@ from ..metrics import ConfusionMatrix, v_scores
 from ..predict import predict_logits, predict_probability
 from ..segmentation.unet import UNet
 from ..visual import sample_sheet
-from .config import SegmentationConfig
-from .task import Batch, Task, make_generator, seed_everything
+from .config import SegmentationConfig, TrainingConfig
+from .task import Batch, Network, Task, make_generator, seed_everything
 from .train import load_trained
 
 IGNORE = 255
@@ -78,55 +79,115 @@ def open_data(config: SegmentationConfig) -> tuple[Data, Data, SegmentationConfi
     return Subset(data, training), Subset(data, held_out), config
 
 
-class SegmentationTask(Task[UNet]):
-    """Crops with the paper's augmentation, its weighted cross-entropy, and validation by overlapping tiles.
-
-    Seeds the global random number generators with config.seed before it initialises the network. `config`
-    must be the one that `open_data` returned with the data.
-    """
+class PixelTask(Task[Network]):
+    """What training has in common for all networks that name a class for every pixel."""
 
     score = "mean_iou"
     higher_is_better = True
     per = "pixel"
     counted = "img"
     sample_suffix = ".png"
+    colours: Sequence[tuple[int, int, int]] = ()
+    """Of the classes in pictures."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        network: Network,
+        num_classes: int,
+        training: Data,
+        validation: Data,
+        device: torch.device | str,
+    ):
+        self.network, self.num_classes, self.training, self.validation = network, num_classes, training, validation
+        self.network.to(device)
+        self.device = device
+        self.seed = config.seed
+        self.counted_per_step = config.batch_size
+        self.drawn: list[list[Tensor]] = []
+
+    @abstractmethod
+    def sample(self, index: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Image [C, H, W], target [h, w] and weight of each pixel of the target, augmented, of a training item."""
+
+    @abstractmethod
+    def predict(self, image: Tensor) -> Tensor:
+        """Logits [K, H, W] of an image [C, H, W] of any size that is on the network's device."""
+
+    @abstractmethod
+    def weights(self, mask: Tensor) -> Tensor:
+        """The loss's weight of each pixel of a mask [H, W]."""
+
+    @abstractmethod
+    def scores(self, confusion: ConfusionMatrix) -> dict[str, float]:
+        """The scores that a validation reports, "mean_iou" among them."""
+
+    def batch(self, step: int) -> Batch:
+        """(images [N, C, H, W], targets [N, h, w], weights [N, h, w]), h and w being the network's output size."""
+        size = self.counted_per_step
+        samples = [self._numbered(step * size + i) for i in range(size)]
+        images, targets, weights = (torch.stack(part) for part in zip(*samples, strict=True))
+        return images, targets, weights
+
+    def _numbered(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The number-th sample of the run. An epoch shows every image once, in an order of its own."""
+        count = len(self.training)
+        order = torch.randperm(count, generator=make_generator(self.seed, 0, number // count))
+        return self.sample(int(order[number % count]), make_generator(self.seed, 1, number))
+
+    def loss(self, batch: Batch) -> Tensor:
+        images, targets, weights = batch
+        return weighted_cross_entropy(self.network(images), targets, weights)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        confusion = ConfusionMatrix(self.num_classes)
+        losses = []
+        self.drawn = []
+        for image, mask in items(self.validation):
+            logits = self.predict(image.to(self.device)).cpu()
+            losses.append(weighted_cross_entropy(logits[None], mask[None], self.weights(mask)[None]).item())
+            confusion.update(logits.argmax(0), mask)
+            if len(self.drawn) < 3:
+                self.drawn.append([image, mask, logits.argmax(0)])
+        return {"validation": float(np.mean(losses))} | self.scores(confusion)
+
+    def draw(self, path: Path) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample_sheet(self.drawn, path, ("image", "truth", "prediction"), colours=self.colours)
+        return ""
+
+
+class SegmentationTask(PixelTask[UNet]):
+    """Crops with the paper's augmentation, its weighted cross-entropy, and validation by overlapping tiles.
+
+    Seeds the global random number generators with config.seed before it initialises the network. `config`
+    must be the one that `open_data` returned with the data.
+    """
 
     def __init__(
         self, config: SegmentationConfig, training: Data, validation: Data, device: torch.device | str = "cpu"
     ):
-        self.config, self.training, self.validation = config, training, validation
         seed_everything(config.seed)
-        self.network = build_network(config)
-        self.network.output_size(config.tile)  # says which tile would fit
-        self.network.to(device)
-        self.device = device
-        self.counted_per_step = config.batch_size
-        self.class_weights = class_weights((mask for _, mask in _items(training)), config.num_classes)
+        network = build_network(config)
+        network.output_size(config.tile)  # says which tile would fit
+        super().__init__(config, network, config.num_classes, training, validation, device)
+        self.config = config
+        self.class_weights = class_weights((mask for _, mask in items(training)), config.num_classes)
         self.example = lru_cache(maxsize=256)(self._example)
-        self.drawn: list[list[Tensor]] = []
 
     def _example(self, index: int) -> tuple[Tensor, Tensor]:
         """(image with its weight map as a last channel, mask)"""
         image, mask = self.training[index]
-        return torch.cat([image, self._weights(mask)[None]]), mask
+        return torch.cat([image, self.weights(mask)[None]]), mask
 
-    def _weights(self, mask: Tensor) -> Tensor:
+    def weights(self, mask: Tensor) -> Tensor:
         c = self.config
         return border_weight_map(mask, c.num_classes, c.border_weight, c.border_sigma, IGNORE, self.class_weights)
 
-    def batch(self, step: int) -> Batch:
-        """(images [N, C, tile, tile], targets [N, s, s], weights [N, s, s]), s being the network's output size."""
-        samples = [self._sample(step * self.config.batch_size + i) for i in range(self.config.batch_size)]
-        images, targets, weights = (torch.stack(part) for part in zip(*samples, strict=True))
-        return images, targets, weights
-
-    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The number-th crop of the run. An epoch shows every image once, in an order of its own."""
+    def sample(self, index: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        count = len(self.training)
-        order = torch.randperm(count, generator=make_generator(c.seed, 0, number // count))
-        generator = make_generator(c.seed, 1, number)
-        stack, mask = self.example(int(order[number % count]))
+        stack, mask = self.example(index)
         stack, mask = random_flip_rotate(stack, mask, generator)
         if c.elastic > 0:
             stack, mask = elastic_deformation(stack, mask, generator, sigma=c.elastic)
@@ -138,31 +199,15 @@ class SegmentationTask(Task[UNet]):
         inner = slice(border, c.tile - border)
         return stack[:-1], mask[inner, inner], stack[-1, inner, inner]
 
-    def loss(self, batch: Batch) -> Tensor:
-        images, targets, weights = batch
-        return weighted_cross_entropy(self.network(images), targets, weights)
+    def predict(self, image: Tensor) -> Tensor:
+        return predict_logits(self.network, image, self.config.tile)
 
-    def validate(self) -> dict[str, float]:
-        confusion = ConfusionMatrix(self.config.num_classes)
-        losses = []
-        self.drawn = []
-        for image, mask in _items(self.validation):
-            logits = predict_logits(self.network, image.to(self.device), self.config.tile).cpu()
-            losses.append(weighted_cross_entropy(logits[None], mask[None], self._weights(mask)[None]).item())
-            confusion.update(logits.argmax(0), mask)
-            if len(self.drawn) < 3:
-                self.drawn.append([image, mask, logits.argmax(0)])
+    def scores(self, confusion: ConfusionMatrix) -> dict[str, float]:
         return {
-            "validation": float(np.mean(losses)),
             "pixel_accuracy": confusion.pixel_accuracy(),
             "mean_iou": confusion.mean_iou(),
             "mean_dice": confusion.mean_dice(),
         }
-
-    def draw(self, path: Path) -> str:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sample_sheet(self.drawn, path, ("image", "truth", "prediction"))
-        return ""
 
 
 def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) -> dict[str, float]:
@@ -174,7 +219,7 @@ def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) 
     device = next(network.parameters()).device
     confusion = ConfusionMatrix(network.num_classes)
     probabilities, masks = [], []
-    for image, mask in _items(data):
+    for image, mask in items(data):
         probability = predict_probability(network, image.to(device), tile, symmetries=symmetries).cpu()
         confusion.update(probability.argmax(0), mask)
         probabilities.append(probability)
@@ -191,6 +236,6 @@ def evaluate(network: UNet, data: Data, tile: int, *, symmetries: bool = False) 
     return metrics
 
 
-def _items(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+def items(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
     for index in range(len(data)):
         yield data[index]

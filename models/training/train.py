@@ -123,7 +123,7 @@ def load_trained(network: nn.Module, folder: Path) -> None:
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), config.lr, momentum=0.99)
+        return torch.optim.SGD(network.parameters(), config.lr, momentum=config.momentum)
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(network.parameters(), config.lr, alpha=0.95)
     return torch.optim.AdamW(network.parameters(), config.lr)

@@ -28,7 +28,7 @@ METHODS = ("assembly", "atomic", "flags")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HIDDEN = (128, 256, 384, 512, 1000, 1024, 2048)
 BATCHES = (1, 16, 50, 64, 128)
-FORMS = ((1, 1), (2, 1), (1, 2))  # layers, directions
+FORMS = ((1, 1, False), (2, 1, False), (1, 2, False), (1, 1, True))  # layers, directions, packed
 
 Rows = list[dict[str, str | float]]
 
@@ -60,16 +60,20 @@ def cudnn_rows(repeats: int) -> Rows:
     for dtype in DTYPES:
         for hidden in HIDDEN:
             for batch in BATCHES:
-                for layers, directions in FORMS:
+                for layers, directions, packed in FORMS:
                     module = nn.RNN(hidden, hidden, layers, bidirectional=directions == 2).to("cuda", dtype)
                     x = torch.randn(STEPS, batch, hidden, device="cuda", dtype=dtype)
+                    if packed:
+                        # Lengths from a quarter of the steps to all of them.
+                        lengths = torch.linspace(STEPS, STEPS // 4, batch).long()
+                        x = nn.utils.rnn.pack_padded_sequence(x, lengths)
 
                     def forward(module=module, x=x):
                         with torch.no_grad():
                             module(x)
 
                     def training(module=module, x=x):
-                        module(x)[0].sum().backward()
+                        module(x)[1].sum().backward()
 
                     timings = measure({"forward": forward, "training": training}, repeats, graph=False)
                     rows.append(
@@ -79,6 +83,7 @@ def cudnn_rows(repeats: int) -> Rows:
                             "batch": batch,
                             "layers": layers,
                             "directions": directions,
+                            "packed": str(packed),
                             "forward_us_a_step": 1e3 * timings["forward"].ms / STEPS,
                             "training_us_a_step": 1e3 * timings["training"].ms / STEPS,
                             "kernels": kernel_names(forward),

@@ -116,17 +116,22 @@ class UpConvConcat2d(nn.ConvTranspose2d):
 def halve(input: Tensor, ops: Ops) -> Tensor:
     """The maxima of 2x2 windows, stride 2: [N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]. As in Caffe, the last
     row and column of an odd size have windows of their own."""
-    return F.max_pool2d(input, 2, ceil_mode=True)
+    pool = fused_ops.max_pool2d if ops == "fused" else F.max_pool2d
+    return pool(input, 2, ceil_mode=True)
 
 
 def halve_with_places(input: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
-    """(what `halve` gives, where each maximum was, for `unpool`)"""
+    """(what `halve` gives, where each maximum was, for `unpool` with the same `ops`)"""
+    if ops == "fused":
+        return fused_ops.max_pool2d_with_offsets(input, 2, ceil_mode=True)
     return F.max_pool2d(input, 2, ceil_mode=True, return_indices=True)
 
 
 def unpool(input: Tensor, places: Tensor, size: tuple[int, int], ops: Ops) -> Tensor:
     """Each value at the place that `halve_with_places` found it at, zeros elsewhere:
     [N, C, h, w] -> [N, C, *size]."""
+    if ops == "fused":
+        return fused_ops.max_unpool2d_with_offsets(input, places, size, 2)
     return F.max_unpool2d(input, places, (2, 2), output_size=size)
 
 

@@ -34,7 +34,8 @@ class TestFCN8s(NetworkTests):
     ]
     tiny = TINY
     tiny_sizes = {(1, 2): (1, 2), (27, 70): (27, 70)}
-    training_steps = 3
+    training_steps = 2
+    learning_rate = 0.1
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
         network = super().build(ops, **kwargs)

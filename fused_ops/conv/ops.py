@@ -13,7 +13,7 @@ and each one's derivatives are the other two: gradients of any order run on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from torch._prims_common import suggest_memory_format
 from ...kernels import conv as kernels
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, kernel_path
+from ..registration import differentiable, uses_tf32
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
@@ -70,10 +71,7 @@ def _same_strides(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _tf32(x: Tensor) -> bool:
-    """Whether torch's own convolution would round fp32 operands to TF32 here."""
-    if x.dtype != torch.float32 or not x.is_cuda:
-        return False
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+    return uses_tf32(x, torch.backends.cudnn.conv)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _aten_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry) -> Tensor:
@@ -412,19 +410,7 @@ def _conv_transpose_concat_autograd(x, skip, weight, bias, output_size, stride, 
     return _ConvTransposeConcat.apply(x, skip, weight, bias, settings)
 
 
-def _differentiable(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Register `function` as the op's autograd. Returns what this package calls: torch.compile is to see the op itself,
-    and torch.func, which can't look below an op, the autograd.Function."""
-    library.impl(name, function, "Autograd")
-    op = getattr(registered, name).default
-
-    def call(*arguments: Any) -> Tensor:
-        return (op if torch.compiler.is_compiling() else function)(*arguments)
-
-    return call
-
-
-conv = _differentiable("conv", partial(_forward_autograd, False))
-conv_transpose = _differentiable("conv_transpose", partial(_forward_autograd, True))
-conv_weight_grad = _differentiable("conv_weight_grad", _conv_weight_grad_autograd)
-conv_transpose_concat = _differentiable("conv_transpose_concat", _conv_transpose_concat_autograd)
+conv = differentiable(library, "conv", partial(_forward_autograd, False))
+conv_transpose = differentiable(library, "conv_transpose", partial(_forward_autograd, True))
+conv_weight_grad = differentiable(library, "conv_weight_grad", _conv_weight_grad_autograd)
+conv_transpose_concat = differentiable(library, "conv_transpose_concat", _conv_transpose_concat_autograd)

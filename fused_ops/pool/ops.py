@@ -11,7 +11,7 @@ is a spread, that of a spread or an unpooling is a pick, and that of a pick a sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch._prims_common import suggest_memory_format
 from ...kernels import pool as kernels
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, kernel_path
+from ..registration import differentiable
 
 _WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
@@ -261,22 +262,10 @@ def _max_unpool_autograd(y, index, output_size):
     return _MaxUnpool.apply(y, index, _Settings((), output_size))
 
 
-def _differentiable(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `function` as the op's autograd. Returns what this package calls: torch.compile is to see the op itself,
-    and torch.func, which can't look below an op, the autograd.Function."""
-    library.impl(name, function, "Autograd")
-    op = getattr(registered, name).default
-
-    def call(*arguments: Any) -> Any:
-        return (op if torch.compiler.is_compiling() else function)(*arguments)
-
-    return call
-
-
-max_pool = _differentiable("max_pool", _max_pool_autograd)
-max_pool_spread = _differentiable("max_pool_spread", _spread_autograd)
-max_pool_pick = _differentiable("max_pool_pick", _pick_autograd)
-max_unpool = _differentiable("max_unpool", _max_unpool_autograd)
+max_pool = differentiable(library, "max_pool", _max_pool_autograd)
+max_pool_spread = differentiable(library, "max_pool_spread", _spread_autograd)
+max_pool_pick = differentiable(library, "max_pool_pick", _pick_autograd)
+max_unpool = differentiable(library, "max_unpool", _max_unpool_autograd)
 
 
 def _vmap(name: str, tensors: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...kernels.rnn import Packing, choose, reference
 from ...kernels.rnn import scan as launch_scan
 from ..dispatch import ATEN, kernel_path
+from ..registration import differentiable, uses_tf32
 from .rows import first_rows, previous_rows
 
 library = torch.library.Library("backstride", "FRAGMENT")
@@ -32,10 +33,7 @@ DERIVATIVES = {"tanh": "tanh_derivative", "relu": "relu_derivative"}
 
 
 def _tf32(x: Tensor) -> bool:
-    """Whether torch's own RNN would round fp32 operands to TF32 here."""
-    if x.dtype != torch.float32 or not x.is_cuda:
-        return False
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+    return uses_tf32(x, torch.backends.cudnn.rnn)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -212,6 +210,14 @@ def _by_gate(effect: str, gate: Any, s: Tensor) -> Tensor:
     return s if effect == "factor" else torch.zeros_like(s)
 
 
+def _scan_autograd(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    result = _Scan.apply(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+    return result if with_factor else (result, x.new_empty(0))
+
+
+_enter = differentiable(library, "rnn_scan", _scan_autograd)
+
+
 def scan(
     x: Tensor,
     gate: Tensor | None,
@@ -223,18 +229,8 @@ def scan(
     backward: bool = False,
     with_factor: bool = False,
 ) -> Tensor:
-    """The outputs of `rnn_scan`, entered so that torch.compile sees the op, and torch.func the autograd.Function."""
-    enter = rnn_scan if torch.compiler.is_compiling() else _Scan.apply
-    result = enter(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
-    return result if isinstance(result, Tensor) else result[0]
-
-
-def _scan_autograd(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
-    result = _Scan.apply(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
-    return result if with_factor else (result, x.new_empty(0))
-
-
-library.impl("rnn_scan", _scan_autograd, "Autograd")
+    """The outputs of `rnn_scan`."""
+    return _enter(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)[0]
 
 
 def _scan_vmap(info, in_dims, x, gate, first, matrix, offsets, batch, effect, backward, with_factor):

@@ -250,6 +250,28 @@ def test_every_element_is_written(layer, device):
     assert back.sum().item() == pytest.approx(y.sum().item(), rel=1e-4, abs=1e-4)
 
 
+def test_places_with_gaps_in_memory(device):
+    """Sliced offsets and indices, forward and backward: the kernels read them where they lie, or pack them."""
+    x = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    values, indices = F.max_pool2d(x, 2, return_indices=True)
+    offsets = fused.indices_to_offsets(indices, x.shape, 2)
+    seed = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        gaps = [torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0] for t in (indices, offsets)] + [
+            t.repeat(1, 2, 1, 1).to(memory_format=memory_format)[:, :3] for t in (indices, offsets)
+        ]
+        for places in gaps:
+            assert not places.is_contiguous()
+            y = values.clone().requires_grad_()
+            if places.dtype == torch.uint8:
+                result = fused.max_unpool2d_with_offsets(y, places, (6, 8), 2)
+            else:
+                result = fused.max_unpool2d(y, places, 2)
+            assert torch.equal(result, F.max_unpool2d(values, indices, 2))
+            (gradient,) = torch.autograd.grad(result, y, seed)
+            assert torch.equal(gradient, seed.flatten(2).gather(2, indices.flatten(2)).view_as(y))
+
+
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_modules(axes, device):
     """Same outputs, output_size chosen or not, unbatched too, and the same representation."""

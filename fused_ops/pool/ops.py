@@ -70,6 +70,7 @@ def _max_pool_spread(y, index, kernel, stride, padding, dilation, input_size, to
     windows = _windows(kernel, stride, padding, dilation)
     x = _empty(index, input_size, y.dtype)
     if kernel_path(y).name != ATEN:
+        index = index.contiguous(memory_format=_format(index))  # the kernel has one set of strides for both
         kernels.spread(_like(y, index), index, x, windows, total=total)
         return x
     define = reference.spread if total else reference.max_unpool
@@ -78,9 +79,9 @@ def _max_pool_spread(y, index, kernel, stride, padding, dilation, input_size, to
 
 def _max_pool_pick(x, index, kernel, stride, padding, dilation):
     windows = _windows(kernel, stride, padding, dilation)
-    y = torch.empty_like(index, dtype=x.dtype)
+    y = _empty(index, index.shape[2:], x.dtype)
     if kernel_path(x).name != ATEN:
-        kernels.pick(x, index, y, windows)
+        kernels.pick(x, _like(index, y), y, windows)
         return y
     return y.copy_(reference.pick(x, _pixels(index, x.shape[2:], windows)))
 
@@ -117,7 +118,7 @@ def _(y, index, kernel, stride, padding, dilation, input_size, total):
 
 @torch.library.register_fake("backstride::max_pool_pick", lib=library)
 def _(x, index, kernel, stride, padding, dilation):
-    return torch.empty_like(index, dtype=x.dtype)
+    return _empty(index, index.shape[2:], x.dtype)
 
 
 @torch.library.register_fake("backstride::max_unpool", lib=library)

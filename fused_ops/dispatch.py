@@ -31,6 +31,9 @@ class Path:
         return f"{self.name}: {self.reason}"
 
 
+REFUSED = Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+
+
 def kernel_path(tensor: torch.Tensor) -> Path:
     """Path of an op whose kernels take fp16, bf16 and fp32 on a GPU, and fp64 too under the interpreter."""
     device, dtype = tensor.device.type, tensor.dtype

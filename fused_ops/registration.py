@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def differentiable(library: torch.library.Library, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,3 +28,16 @@ def differentiable(library: torch.library.Library, name: str, function: Callable
 def uses_tf32(x: Tensor, switch: Any) -> bool:
     """Whether torch's own op would round fp32 operands to TF32 here; `switch` is its part of torch.backends.cudnn."""
     return x.dtype == torch.float32 and x.is_cuda and switch.fp32_precision == "tf32"
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """channels_last where any tensor is, as torch's own ops choose it; 3-D tensors have no such format."""
+    if tensors[0].dim() == 3:
+        return torch.contiguous_format
+    formats = (suggest_memory_format(t) for t in tensors)
+    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+
+
+def with_strides_of(other: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the strides of the other, which has its shape."""
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)

@@ -1,5 +1,6 @@
-"""Where kernels run: on a GPU, or interpreted on the CPU."""
+"""Where kernels run, on a GPU or interpreted on the CPU, and what their host sides share."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -38,3 +39,8 @@ def device_guard(tensor: torch.Tensor):
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def three(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """One to three axes as the three that kernels have: the leading ones are filled."""
+    return (fill,) * (3 - len(values)) + tuple(values)

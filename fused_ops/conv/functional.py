@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, autocast, explained_by, kernel_path
 from . import ops
 
 IntOrTuple = int | Sequence[int]
@@ -110,7 +110,7 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
     try:
         call = bind(*arguments)
     except _Refused:
-        return None, Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+        return None, REFUSED
     path = kernel_path(call.x)
     return (None if path.name == ATEN else call), path
 

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ...kernels import conv as kernels
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, kernel_path
-from ..registration import differentiable, uses_tf32
+from ..registration import differentiable, memory_format, uses_tf32, with_strides_of
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
@@ -50,24 +49,10 @@ library.define(
 registered = torch.ops.backstride
 
 
-def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    """channels_last where any tensor is, as torch's convolutions choose it; 3-D tensors have no such format."""
-    if tensors[0].dim() == 3:
-        return torch.contiguous_format
-    formats = (suggest_memory_format(t) for t in tensors)
-    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
-
-
 def _empty(x: Tensor, channels: int, size: Sequence[int], like: Sequence[Tensor]) -> Tensor:
     return torch.empty(
-        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=_memory_format(*like)
+        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(*like)
     )
-
-
-def _same_strides(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    if tensor is None or tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
 
 
 def _tf32(x: Tensor) -> bool:
@@ -134,16 +119,17 @@ def _forward(
         aten = _aten_conv_transpose if transposed else _aten_conv
         y = aten(x, weight, bias, output_size, geometry)
         y = y if residual is None else y + residual
-        return (y.relu() if relu else y).contiguous(memory_format=_memory_format(x, weight))
+        return (y.relu() if relu else y).contiguous(memory_format=memory_format(x, weight))
     y = _empty_result(transposed, x, weight, output_size, groups)
     launch = kernels.apply_transposed if transposed else kernels.apply
-    launch(x, weight, bias, _same_strides(residual, y), y, geometry, relu=relu, tf32=_tf32(x))
+    residual = None if residual is None else with_strides_of(y, residual)
+    launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
     return y
 
 
 def _empty_weight(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> Tensor:
     shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, y))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, y))
 
 
 def _conv_weight_grad(
@@ -175,7 +161,7 @@ def _conv_weight_grad(
         groups,
         (False, True, False),
     )[1]
-    return gradient.contiguous(memory_format=_memory_format(x, y))
+    return gradient.contiguous(memory_format=memory_format(x, y))
 
 
 def _conv_transpose_concat(
@@ -193,7 +179,7 @@ def _conv_transpose_concat(
     if kernel_path(x).name == ATEN:
         up = _forward(True, x, weight, bias, None, output_size, stride, padding, dilation, groups, relu)
         y = torch.cat([skip, up], dim=1)
-        return y.contiguous(memory_format=_memory_format(x, weight, skip))
+        return y.contiguous(memory_format=memory_format(x, weight, skip))
     y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
     y[:, : skip.shape[1]].copy_(skip)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.pool import Windows, reference
-from ..dispatch import ATEN, Path, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, explained_by, kernel_path
 from . import ops
 
 IntOrTuple = int | Sequence[int]
 POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 UNPOOLS: dict[int, Callable[..., Any]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
-REFUSED = "arguments that torch's own function refuses: it is called, and says why"
 
 
 class _Call(NamedTuple):
@@ -69,7 +68,7 @@ def _bind_pool(axes: int, input: Any, kernel_size: Any, stride: Any, padding: An
 
 def _plan_pool(axes: int, input, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[_Call | None, Path]:
     call = _bind_pool(axes, input, kernel_size, stride, padding, dilation, ceil_mode)
-    return (None, Path(ATEN, REFUSED)) if call is None else (call, kernel_path(call.x))
+    return (None, REFUSED) if call is None else (call, kernel_path(call.x))
 
 
 def _pool(axes: int, arguments: tuple[Any, ...], return_indices: bool) -> Any:
@@ -98,10 +97,10 @@ def _unpool_size(axes: int, input: Tensor, kernel_size, stride, padding, output_
 
 def _plan_unpool(axes: int, input, indices, kernel_size, stride, padding, output_size):
     if not isinstance(input, Tensor) or not isinstance(indices, Tensor):
-        return None, Path(ATEN, REFUSED)
+        return None, REFUSED
     size = _unpool_size(axes, input, kernel_size, stride, padding, output_size)
     fits = indices.dtype == torch.int64 and indices.shape == input.shape and indices.device == input.device
-    return (size, kernel_path(input)) if size is not None and fits else (None, Path(ATEN, REFUSED))
+    return (size, kernel_path(input)) if size is not None and fits else (None, REFUSED)
 
 
 def _check_indices(indices: Tensor, size: Sequence[int]) -> None:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ...kernels import pool as kernels
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, kernel_path
-from ..registration import differentiable
+from ..registration import differentiable, memory_format, with_strides_of
 
 _WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
@@ -35,19 +34,10 @@ library.define("max_unpool(Tensor y, Tensor index, SymInt[] output_size) -> Tens
 registered = torch.ops.backstride
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.dim() == 3 else suggest_memory_format(x)
-
-
 def _empty(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Of shape (N, C, *size), channels_last where `like` is."""
     shape = (*like.shape[:2], *size)
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=_format(like))
-
-
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor with the strides of the other, which has its shape."""
-    return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 def _windows(kernel, stride, padding, dilation) -> Windows:
@@ -70,8 +60,8 @@ def _max_pool_spread(y, index, kernel, stride, padding, dilation, input_size, to
     windows = _windows(kernel, stride, padding, dilation)
     x = _empty(index, input_size, y.dtype)
     if kernel_path(y).name != ATEN:
-        index = index.contiguous(memory_format=_format(index))  # the kernel has one set of strides for both
-        kernels.spread(_like(y, index), index, x, windows, total=total)
+        index = index.contiguous(memory_format=memory_format(index))  # the kernel has one set of strides for both
+        kernels.spread(with_strides_of(index, y), index, x, windows, total=total)
         return x
     define = reference.spread if total else reference.max_unpool
     return x.copy_(define(y, _pixels(index, input_size, windows), input_size))
@@ -81,7 +71,7 @@ def _max_pool_pick(x, index, kernel, stride, padding, dilation):
     windows = _windows(kernel, stride, padding, dilation)
     y = _empty(index, index.shape[2:], x.dtype)
     if kernel_path(x).name != ATEN:
-        kernels.pick(x, _like(index, y), y, windows)
+        kernels.pick(x, with_strides_of(y, index), y, windows)
         return y
     return y.copy_(reference.pick(x, _pixels(index, x.shape[2:], windows)))
 
@@ -92,7 +82,7 @@ def _max_unpool(y, index, output_size):
         return x.copy_(reference.max_unpool(y, index, output_size))
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels.max_unpool(y.contiguous(), index.contiguous(), result)
-    return _like(result, x)
+    return with_strides_of(x, result)
 
 
 def _pixels(index: Tensor, size: Sequence[int], windows: Windows) -> Tensor:

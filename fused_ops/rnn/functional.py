@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, autocast, explained_by, kernel_path
 from . import ops
 from .rows import first_rows, offsets_of
 
@@ -172,7 +172,7 @@ def _final(y: Tensor, direction: int, offsets: Tensor | None, batch: int) -> Ten
 def _planner(input: Tensor, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> Path:
     call = _bind(input, arguments, keywords or {})
     if _refused(_cast(call)):
-        return Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
+        return REFUSED
     path = kernel_path(call.input)
     if path.name == ATEN:
         return path

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, Device, device_guard, device_of
+from ..runtime import INTERPRETED, Device, device_guard, device_of, three
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from .config import ConvConfig, choose_config, choose_splits
@@ -54,10 +54,6 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.movedim(1, -1).contiguous()
 
 
-def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (fill,) * (3 - len(values)) + tuple(values)
-
-
 def _power_of_two_divisor(*values: int) -> int:
     """Largest power of two, at most 16, that divides all values."""
     return math.gcd(16, *values)
@@ -67,7 +63,7 @@ def _strides(layout: Layout) -> tuple[int, ...]:
     """Strides n, c, d, h, w; 0 along axes of size 1, where a tensor's stride says nothing."""
     strides = [stride if size > 1 else 0 for size, stride in zip(layout.shape, layout.strides, strict=True)]
     channel = strides[1] if layout.shape[1] > 1 else 1
-    return (strides[0], channel, *_three(strides[2:], 0))
+    return (strides[0], channel, *three(strides[2:], 0))
 
 
 def _vector(strides: tuple[int, ...]) -> int:
@@ -118,9 +114,9 @@ def _layer_constants(
 ) -> dict[str, Any]:
     """What is compiled in for a layer; channels are those of one group."""
     names = ("D", "H", "W")
-    constants = {f"K{a}": size for a, size in zip(names, _three(kernel, 1), strict=True)}
-    constants |= {f"S{a}": size for a, size in zip(names, _three(geometry.stride, 1), strict=True)}
-    constants |= {f"D{a}": size for a, size in zip(names, _three(geometry.dilation, 1), strict=True)}
+    constants = {f"K{a}": size for a, size in zip(names, three(kernel, 1), strict=True)}
+    constants |= {f"S{a}": size for a, size in zip(names, three(geometry.stride, 1), strict=True)}
+    constants |= {f"D{a}": size for a, size in zip(names, three(geometry.dilation, 1), strict=True)}
     return constants | {
         "NDIM": len(kernel),
         "IN_VEC": _power_of_two_divisor(in_channels),
@@ -267,14 +263,14 @@ def _sizes(
 ) -> tuple[int, ...]:
     return (
         x.shape[0],
-        *_three(x.shape[2:], 1),
-        *_three(y.shape[2:], 1),
+        *three(x.shape[2:], 1),
+        *three(y.shape[2:], 1),
         geometry.groups,
         in_units,
         out_units,
         *sx,
         *sy,
-        *_three(geometry.padding, 0),
+        *three(geometry.padding, 0),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, device_guard
+from ..runtime import INTERPRETED, device_guard, three
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
 
 # Unmeasured: enough lanes to cover the latency of the loads, and taps that unroll without too much code.
@@ -28,13 +28,9 @@ class Windows(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (fill,) * (3 - len(values)) + tuple(values)
-
-
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
     n, c, *spatial = tensor.stride()
-    return n, c, *_three(spatial, 0)
+    return n, c, *three(spatial, 0)
 
 
 def constants_of(windows: Windows, result: torch.Tensor, other: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
@@ -42,7 +38,7 @@ def constants_of(windows: Windows, result: torch.Tensor, other: torch.Tensor, in
     numels = result.numel(), other.numel()
     constants: dict[str, Any] = {}
     for letter, values in zip("KSD", (windows.kernel, windows.stride, windows.dilation), strict=True):
-        constants |= {letter + axis: value for axis, value in zip("DHW", _three(values, 1), strict=True)}
+        constants |= {letter + axis: value for axis, value in zip("DHW", three(values, 1), strict=True)}
     return constants | {
         "NDIM": len(windows.kernel),
         "CHANNELS_LAST": result.stride(1) == 1 and result.shape[1] > 1,
@@ -76,9 +72,9 @@ def _launch(
             *pointers,
             result.numel(),
             x.shape[1],
-            *_three(x.shape[2:], 1),
-            *_three(y.shape[2:], 1),
-            *_three(windows.padding, 0),
+            *three(x.shape[2:], 1),
+            *three(y.shape[2:], 1),
+            *three(windows.padding, 0),
             *_strides(x),
             *_strides(y),
             **constants,

@@ -1,18 +1,28 @@
 """Compile a Triton kernel for a GPU that isn't there, and read what the compiler reports about it.
 
-`compile_case` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one kernel,
-configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this module
-runs in a process of its own: `python -m tests.cross_compile` prints the table of all shipped kernels as CSV.
+`Compilation.run` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one
+kernel, configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this
+module runs in a process of its own. For the shipped kernels and the Triton that is installed:
+
+    TRITON_INTERPRET=0 python -m tests.cross_compile sm_90            the table of one target as CSV
+    TRITON_INTERPRET=0 python -m tests.cross_compile --write          the committed table of all targets, written anew
+    ... --all                                                         trusting no row of the committed table
+
+A thousand compilations take many minutes, and what Triton makes of the same source, constants and target does not
+change. So a row of the committed table is taken over where its `key`, a hash of exactly these, is still right. Of each
+kernel and target one row, that with the most registers, is compiled all the same.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import hashlib
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -42,6 +52,7 @@ BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK")
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "mfma")
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 class Case(NamedTuple):
@@ -71,6 +82,7 @@ class Compiled:
     spills: int
     shared: int
     matrix_instruction: str
+    key: str  # of all that the compilation depends on
 
 
 def _resource_usage(compiled: Any, backend: str) -> tuple[int, int]:
@@ -99,36 +111,46 @@ def _matrix_instruction(compiled: Any) -> str:
     return next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
 
 
-def compile_case(case: Case, target: str) -> Compiled:
-    """Compile for `target` (a key of TARGETS). Pointers are 16-byte aligned, as torch's allocator makes them."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compilation:
+    """One case for one target (a key of TARGETS). Pointers are 16-byte aligned, as torch's allocator makes them."""
 
-    backend, arch, warp, *_ = TARGETS[target]
-    kernel, constants = case.kernel, dict(case.constants)
-    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    types = {name: "constexpr" if name in constants else case.signature[name] for name in kernel.arg_names}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if types[name].startswith("*")
-    }
-    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-    registers, spills = _resource_usage(compiled, backend)
-    blocks = [str(constants[name]) for name in BLOCKS if name in constants]
-    return Compiled(
-        target,
-        kernel.__name__,
-        case.name,
-        case.dtype,
-        f"{'x'.join(blocks)} w{options['num_warps']} s{options['num_stages']}",
-        registers,
-        spills,
-        compiled.metadata.shared,
-        _matrix_instruction(compiled),
-    )
+    def __init__(self, case: Case, target: str) -> None:
+        import triton
+        from triton.compiler import ASTSource
+
+        self.case, self.target = case, target
+        kernel, constants = case.kernel, dict(case.constants)
+        self.options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        types = {name: "constexpr" if name in constants else case.signature[name] for name in kernel.arg_names}
+        attributes = {
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(kernel.arg_names)
+            if types[name].startswith("*")
+        }
+        self.source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
+        depends = (triton.__version__, TARGETS[target], self.source.hash(), sorted(self.options.items()))
+        self.key = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
+
+    def run(self) -> Compiled:
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        case, (backend, arch, warp, *_) = self.case, TARGETS[self.target]
+        compiled = triton.compile(self.source, target=GPUTarget(backend, arch, warp), options=self.options)
+        registers, spills = _resource_usage(compiled, backend)
+        blocks = [str(case.constants[name]) for name in BLOCKS if name in case.constants]
+        return Compiled(
+            self.target,
+            case.kernel.__name__,
+            case.name,
+            case.dtype,
+            f"{'x'.join(blocks)} w{self.options['num_warps']} s{self.options['num_stages']}",
+            registers,
+            spills,
+            compiled.metadata.shared,
+            _matrix_instruction(compiled),
+            self.key,
+        )
 
 
 def write_table(rows: list[Compiled], file: TextIO) -> None:
@@ -137,12 +159,34 @@ def write_table(rows: list[Compiled], file: TextIO) -> None:
     writer.writerows(asdict(row) for row in rows)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_table(path: Path) -> list[Compiled]:
+    numbers = {"registers", "spills", "shared"}
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [
+            Compiled(**{name: int(value) if name in numbers else value for name, value in line.items()})  # pyright: ignore[reportArgumentType]
+            for line in csv.DictReader(file)
+        ]
 
 
-def compile_all(targets: list[str]) -> list[Compiled]:
+def table_path() -> Path:
+    """The committed table of the installed Triton."""
+    import triton
+
+    return RESULTS / f"cross_compile_triton-{triton.__version__}.csv"
+
+
+def trusted_rows(committed: list[Compiled]) -> dict[tuple[str, str], Compiled]:
+    """By target and key, all rows but the one of each kernel and target with the most registers."""
+    heaviest: dict[tuple[str, str], Compiled] = {}
+    for row in committed:
+        kept = heaviest.setdefault((row.target, row.kernel), row)
+        if row.registers > kept.registers:
+            heaviest[row.target, row.kernel] = row
+    sample = {(row.target, row.key) for row in heaviest.values()}
+    return {(row.target, row.key): row for row in committed if (row.target, row.key) not in sample}
+
+
+def compile_all(targets: list[str], trusted: dict[tuple[str, str], Compiled]) -> list[Compiled]:
     """One row for every distinct compilation, per target."""
     from . import cross_compile_conv, cross_compile_pool, cross_compile_rnn
 
@@ -150,10 +194,31 @@ def compile_all(targets: list[str]) -> list[Compiled]:
     for target in targets:
         for family in (cross_compile_conv, cross_compile_pool, cross_compile_rnn):
             for case in family.cases(TARGETS[target]):
-                row = compile_case(case, target)
-                rows[(target, row.kernel, row.case, row.dtype)] = row
+                compilation = Compilation(case, target)
+                known = trusted.get((target, compilation.key))
+                row = replace(known, case=case.name) if known else compilation.run()
+                rows[target, row.kernel, row.case, row.dtype] = row
     return list(rows.values())
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every shipped kernel for GPUs that need not be present.")
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--write", action="store_true", help="write the committed table instead of printing rows")
+    parser.add_argument("--all", action="store_true", help="compile what did not change, too")
+    arguments = parser.parse_args()
+    unknown = set(arguments.targets) - set(TARGETS)
+    if unknown or (arguments.write and arguments.targets):
+        parser.error(f"no such target: {', '.join(unknown)}" if unknown else "--write writes all targets; name none")
+    path = table_path()
+    committed = [] if arguments.all or not path.exists() else read_table(path)
+    rows = compile_all(arguments.targets or list(TARGETS), trusted_rows(committed))
+    if not arguments.write:
+        write_table(rows, sys.stdout)
+        return
+    with path.open("w", newline="") as file:
+        write_table(rows, file)
+
+
 if __name__ == "__main__":
-    write_table(compile_all(sys.argv[1:] or list(TARGETS)), sys.stdout)
+    main()

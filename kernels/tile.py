@@ -21,15 +21,23 @@ def unravel(pixel, D, H, W, NDIM: tl.constexpr):
 
 
 @triton.jit
-def element_offset(n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr):
-    """Element offset of a pixel, in 64 bits: tensors may pass 2^31 elements. All offsets are multiples of VEC."""
+def element_offset(
+    n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr = 1
+):
+    """Element offset of a pixel, in 64 bits: tensors may pass 2^31 elements.
+
+    All offsets are multiples of VEC; with RUN > 1 (which VEC is then) each RUN of them are consecutive.
+    """
     offset = n.to(tl.int64) * stride_n + w.to(tl.int64) * stride_w
     if NDIM >= 2:
         offset += h.to(tl.int64) * stride_h
     if NDIM == 3:
         offset += d.to(tl.int64) * stride_d
     # Said here and not by the caller: on the result of a call the hint would be lost when the call is inlined.
-    return tl.multiple_of(offset, VEC)
+    offset = tl.multiple_of(offset, VEC)
+    if RUN > 1:
+        offset = tl.max_contiguous(offset, RUN)
+    return offset
 
 
 @triton.jit
@@ -40,6 +48,23 @@ def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
     if NDIM == 3:
         mask = mask & (d >= 0) & (d < D)
     return mask
+
+
+@triton.jit
+def outer_sum(rows, columns, COLUMNS_INNER: tl.constexpr):
+    """rows + columns as a tile whose innermost axis is the columns, or else the rows: along it, lanes lie."""
+    return rows[:, None] + columns[None, :] if COLUMNS_INNER else columns[:, None] + rows[None, :]
+
+
+@triton.jit
+def outer_and(rows, columns, COLUMNS_INNER: tl.constexpr):
+    return rows[:, None] & columns[None, :] if COLUMNS_INNER else columns[:, None] & rows[None, :]
+
+
+@triton.jit
+def rows_by_columns(tile, COLUMNS_INNER: tl.constexpr):
+    """The tile of `outer_sum` with the rows as its first axis."""
+    return tile if COLUMNS_INNER else tl.trans(tile)
 
 
 @triton.jit

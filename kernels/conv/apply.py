@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, unravel
+from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
 
 
@@ -49,12 +49,15 @@ def conv_apply_kernel(
     DW: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     FLATTEN: tl.constexpr,
+    PADDED: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,8 +69,10 @@ def conv_apply_kernel(
     """y = relu(X x + bias + residual): one program makes BLOCK_M output pixels by BLOCK_N output channels.
 
     The reduction runs over (tap, block of input channels); with FLATTEN over the flat (tap, channel) index, which
-    wastes nothing when there are fewer input channels than BLOCK_K.
+    wastes nothing when there are fewer input channels than BLOCK_K. Without PADDED no tap falls outside of x.
     """
+    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -78,17 +83,20 @@ def conv_apply_kernel(
 
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, od, oh, ow = unravel(pixel, OD, OH, OW, NDIM)
-    mask_m = n < N
+    mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
     id0 = od * SD - PAD_D
     ih0 = oh * SH - PAD_H
     iw0 = ow * SW - PAD_W
-    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
+    offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_a = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_a = offs_a < A
     channel = group * A + offs_a
-    x_ptr += group * B * stride_xc
+    offs_group = group * B * stride_xc
+    if not X_LAST:
+        offs_group = tl.multiple_of(offs_group, X_VEC)
+    x_ptr += offs_group
     offs_w = channel * (TAPS * B)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
@@ -101,24 +109,17 @@ def conv_apply_kernel(
             rh = (tap // KW % KH) * DH
             rw = (tap % KW) * DW
             mask_k = k < TAPS * B
-            mask_x = in_bounds(
-                id0[:, None] + rd[None, :],
-                ih0[:, None] + rh[None, :],
-                iw0[:, None] + rw[None, :],
-                ID,
-                IH,
-                IW,
-                NDIM,
-            )
+            mask_x = outer_and(mask_m, mask_k, X_LAST)
+            if PADDED:
+                d = outer_sum(id0, rd, X_LAST)
+                h = outer_sum(ih0, rh, X_LAST)
+                w = outer_sum(iw0, rw, X_LAST)
+                mask_x = mask_x & in_bounds(d, h, w, ID, IH, IW, NDIM)
             offs_tap = element_offset(b * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
             offs_tap += b.to(tl.int64) * stride_xc
-            x = tl.load(
-                x_ptr + offs_x[:, None] + offs_tap[None, :],
-                mask=mask_x & mask_m[:, None] & mask_k[None, :],
-                other=0.0,
-            )
+            x = tl.load(x_ptr + outer_sum(offs_x, offs_tap, X_LAST), mask=mask_x, other=0.0)
             w = tl.load(w_ptr + offs_w[None, :] + k[:, None], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
-            acc = dot(x, w, acc, PRECISION, UPCAST)
+            acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
     else:
         blocks = tl.cdiv(B, BLOCK_K)
         for step in range(0, TAPS * blocks):
@@ -128,11 +129,16 @@ def conv_apply_kernel(
             rd = (tap // (KH * KW)) * DD
             rh = (tap // KW % KH) * DH
             rw = (tap % KW) * DW
-            mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
+            mask_x = mask_m
+            if PADDED:
+                mask_x = mask_x & in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM)
             offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
+            offs_b = b.to(tl.int64) * stride_xc
+            if not X_LAST:
+                offs_b = tl.multiple_of(offs_b, X_VEC)
             x = tl.load(
-                x_ptr + (offs_x + offs_tap)[:, None] + (b.to(tl.int64) * stride_xc)[None, :],
-                mask=mask_x[:, None] & mask_b[None, :],
+                x_ptr + outer_sum(offs_x + offs_tap, offs_b, X_LAST),
+                mask=outer_and(mask_x, mask_b, X_LAST),
                 other=0.0,
             )
             w = tl.load(
@@ -140,18 +146,23 @@ def conv_apply_kernel(
                 mask=mask_b[:, None] & mask_a[None, :],
                 other=0.0,
             )
-            acc = dot(x, w, acc, PRECISION, UPCAST)
+            acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
-    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
+    offs_channel = channel * stride_yc
+    if not Y_LAST:
+        offs_channel = tl.multiple_of(offs_channel, Y_VEC)
     store_tile(
         acc,
         bias_ptr,
         residual_ptr,
         y_ptr,
         channel,
-        offs_y[:, None] + (channel * stride_yc)[None, :],
+        offs_y,
+        offs_channel,
         mask_a,
-        mask_m[:, None] & mask_a[None, :],
+        outer_and(mask_m, mask_a, Y_LAST),
+        Y_LAST,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, unravel
+from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
 
 
@@ -68,6 +68,8 @@ def conv_apply_transposed_kernel(
     GW: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -87,6 +89,7 @@ def conv_apply_transposed_kernel(
     subset of the taps, so no inserted zero is ever multiplied. All phases run in one launch, those with the most taps
     first; a phase without taps still gets bias and residual.
     """
+    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
     A = IN_UNITS * IN_VEC
     B = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -110,7 +113,9 @@ def conv_apply_transposed_kernel(
     od = qd * SD + residue_d
     oh = qh * SH + residue_h
     ow = qw * SW + residue_w
-    mask_m = (n < N) & in_bounds(od, oh, ow, OD, OH, OW, NDIM)
+    mask_m = tl.max_constancy(n < N, Y_RUN)
+    if SD * SH * SW > 1:
+        mask_m = mask_m & in_bounds(od, oh, ow, OD, OH, OW, NDIM)
     id0 = qd + base_d
     ih0 = qh + base_h
     iw0 = qw + base_w
@@ -139,8 +144,8 @@ def conv_apply_transposed_kernel(
         mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
         offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
         x = tl.load(
-            x_ptr + (offs_x + offs_tap)[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
-            mask=mask_x[:, None] & mask_a[None, :],
+            x_ptr + outer_sum(offs_x + offs_tap, a.to(tl.int64) * stride_xc, X_LAST),
+            mask=outer_and(mask_x, mask_a, X_LAST),
             other=0.0,
         )
         w = tl.load(
@@ -148,18 +153,23 @@ def conv_apply_transposed_kernel(
             mask=mask_a[:, None] & mask_b[None, :],
             other=0.0,
         )
-        acc = dot(x, w, acc, PRECISION, UPCAST)
+        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
-    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
+    offs_channel = channel * stride_yc
+    if not Y_LAST:
+        offs_channel = tl.multiple_of(offs_channel, Y_VEC)
     store_tile(
         acc,
         bias_ptr,
         residual_ptr,
         y_ptr,
         channel,
-        offs_y[:, None] + (channel * stride_yc)[None, :],
+        offs_y,
+        offs_channel,
         mask_b,
-        mask_m[:, None] & mask_b[None, :],
+        outer_and(mask_m, mask_b, Y_LAST),
+        Y_LAST,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,
@@ -202,6 +212,8 @@ def conv_scatter_kernel(
     KW: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
@@ -222,6 +234,8 @@ def conv_scatter_kernel(
     [input pixels, A] times [A, taps * B]: every output pixel has exactly one tap, so each product lands at
     S i + r - p with nothing to add up, and the input is read once for all taps.
     """
+    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
     A = IN_UNITS * IN_VEC
     B = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -232,21 +246,27 @@ def conv_scatter_kernel(
 
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
-    mask_m = n < N
-    offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
+    mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
+    offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < TAPS * B
-    x_ptr += group * A * stride_xc
+    offs_group = group * A * stride_xc
+    if not X_LAST:
+        offs_group = tl.multiple_of(offs_group, X_VEC)
+    x_ptr += offs_group
     w_ptr += group * A * (TAPS * B)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for a0 in range(0, A, BLOCK_K):
         a = a0 + offs_k
         mask_a = a < A
+        offs_a = a.to(tl.int64) * stride_xc
+        if not X_LAST:
+            offs_a = tl.multiple_of(offs_a, X_VEC)
         x = tl.load(
-            x_ptr + offs_x[:, None] + (a.to(tl.int64) * stride_xc)[None, :],
-            mask=mask_m[:, None] & mask_a[None, :],
+            x_ptr + outer_sum(offs_x, offs_a, X_LAST),
+            mask=outer_and(mask_m, mask_a, X_LAST),
             other=0.0,
         )
         w = tl.load(
@@ -254,7 +274,7 @@ def conv_scatter_kernel(
             mask=mask_a[:, None] & mask_n[None, :],
             other=0.0,
         )
-        acc = dot(x, w, acc, PRECISION, UPCAST)
+        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
     tap = offs_n // B
     channel = group * B + offs_n % B
@@ -264,25 +284,32 @@ def conv_scatter_kernel(
     od = i_d * KD
     oh = i_h * KH
     ow = i_w * KW
-    mask = mask_m[:, None] & mask_n[None, :]
+    mask = outer_and(mask_m, mask_n, Y_LAST)
     if CROP:
-        mask = mask & in_bounds(
-            od[:, None] + rd[None, :], oh[:, None] + rh[None, :], ow[:, None] + rw[None, :], OD, OH, OW, NDIM
-        )
-    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
+        d = outer_sum(od, rd, Y_LAST)
+        h = outer_sum(oh, rh, Y_LAST)
+        w = outer_sum(ow, rw, Y_LAST)
+        mask = mask & in_bounds(d, h, w, OD, OH, OW, NDIM)
+    offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
     offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
     # A run of OUT_VEC columns stays within one tap, so its addresses are consecutive: said, because the division
     # hides it from the compiler, which would otherwise store element by element.
-    offs_column = tl.max_contiguous(tl.multiple_of(offs_tap + channel * stride_yc, COLUMN_VEC), COLUMN_VEC)
+    offs_column = offs_tap + channel * stride_yc
+    if Y_LAST:
+        offs_column = tl.max_contiguous(tl.multiple_of(offs_column, COLUMN_VEC), COLUMN_VEC)
+    else:
+        offs_column = tl.multiple_of(offs_column, Y_VEC)
     store_tile(
         acc,
         bias_ptr,
         residual_ptr,
         y_ptr,
         channel,
-        offs_y[:, None] + offs_column[None, :],
+        offs_y,
+        offs_column,
         mask_n,
         mask,
+        Y_LAST,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,

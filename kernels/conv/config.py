@@ -28,13 +28,22 @@ def _block(size: int, smallest: int, largest: int) -> int:
 
 @lru_cache(maxsize=4096)
 def choose_config(
-    m: int, n: int, k: int, itemsize: int, tensor_cores: bool, wide: bool, device: Device, parts: int = 1
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    tensor_cores: bool,
+    wide: bool,
+    device: Device,
+    parts: int = 1,
+    channels_last: bool = True,
 ) -> ConvConfig:
     """Tile for `parts` products in one launch, each of m × k by k × n, of `itemsize` bytes an element.
 
     `tensor_cores` is False for IEEE fp32, which multiplies on the plain units from registers and so wants
-    small tiles. `wide` is False where the tensors' channels can't be read and written several at once (NCHW, odd
-    channel counts): then every element has an address of its own in registers, and a large tile spills.
+    small tiles. `wide` is False where the operands can't be read several elements at once (odd channel counts, few
+    channels in NCHW): then every element has an address of its own in registers, and a large tile spills. So does a
+    large tile of few warps that is not `channels_last` on all sides.
     """
     if itemsize == 8:
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
@@ -49,7 +58,7 @@ def choose_config(
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
     while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:
         block_m //= 2
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    num_warps = 8 if block_m * block_n >= (128 * 128 if channels_last else 64 * 128) else 4
     stage = (block_m + block_n) * block_k * itemsize
     num_stages = min(4 if itemsize == 2 else 3, device.shared_memory // stage)
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)

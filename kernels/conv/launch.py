@@ -15,6 +15,7 @@ from ..runtime import INTERPRETED, Device, device_guard, device_of, three
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from .config import ConvConfig, choose_config, choose_splits
+from .transpose import to_channels_last
 from .weight_grad import conv_weight_grad_kernel, reduce_splits_kernel
 
 REDUCE_BLOCK = 1024
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
+    copies: tuple[bool, ...]  # for each tensor that is read, whether from a channels-last copy
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
@@ -66,15 +68,52 @@ def _strides(layout: Layout) -> tuple[int, ...]:
     return (strides[0], channel, *three(strides[2:], 0))
 
 
-def _vector(strides: tuple[int, ...]) -> int:
-    """Elements that can be read or written at once along the channels of every pixel."""
+class Access(NamedTuple):
+    """How a kernel walks a tensor (N, C, *spatial)."""
+
+    strides: tuple[int, ...]  # n, c, d, h, w
+    last: bool  # lanes lie along the channels, which are each other's neighbours in memory; else along the pixels
+    vector: int  # elements along the lanes that can be read or written at once
+
+
+def _access(layout: Layout, in_order: bool) -> Access:
+    """`in_order`: a tile's rows are neighbouring pixels of this tensor, in their order."""
+    strides = _strides(layout)
     n, c, *spatial = strides
-    return _power_of_two_divisor(n, *spatial) if c == 1 else 1
+    if c == 1 and layout.shape[1] > 1:
+        return Access(strides, True, _power_of_two_divisor(n, *spatial))
+    if not in_order:
+        return Access(strides, False, 1)
+    run, steps = 1, [n, c if layout.shape[1] > 1 else 0]
+    axes = [(length, stride) for length, stride in zip(layout.shape[2:], layout.strides[2:], strict=True) if length > 1]
+    while axes and axes[-1][1] == run:  # rows that follow each other without a gap are one row
+        run *= axes.pop()[0]
+    return Access(strides, False, _power_of_two_divisor(run, *steps, *(stride for _, stride in axes)))
 
 
-def _is_wide(sx: tuple[int, ...], sy: tuple[int, ...], *channels: int) -> bool:
+def _read(layout: Layout, in_order: bool, channels: int, columns: int) -> tuple[Access, bool]:
+    """How a product reads a tensor, `channels` of a group for each of its `columns`, and whether from a copy.
+
+    Channels-first pixels under a moving tap are aligned to nothing, so they come one by one and late. Where there are
+    enough channels for the tensor cores, one pass that brings them innermost costs less than that (unmeasured). cuDNN
+    does the same, and for the result too, which the kernels here write where it belongs.
+    """
+    access = _access(layout, in_order)
+    if access.last or access.vector >= 4 or channels % 4 or min(channels, columns) < 16:
+        return access, False
+    batch, total, *size = layout.shape
+    strides = [total * math.prod(size[axis + 1 :]) for axis in range(len(size))]
+    return _access(Layout(layout.shape, (total * math.prod(size), 1, *strides)), in_order), True
+
+
+def _is_wide(operands: Sequence[Access], *channels: int) -> bool:
+    """Whether all loads move at least four neighbouring elements."""
+    return min(*(access.vector for access in operands), _power_of_two_divisor(*channels)) >= 4
+
+
+def _is_channels_last(*accesses: Access) -> bool:
     """Whether all loads and stores move at least four neighbouring channels."""
-    return min(_vector(sx), _vector(sy), _power_of_two_divisor(*channels)) >= 4
+    return all(access.last and access.vector >= 4 for access in accesses)
 
 
 def _dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
@@ -104,13 +143,31 @@ def _index_dtype(pixels: int) -> tl.dtype:
     return tl.int64 if pixels > 2**31 - 2**16 else tl.int32
 
 
+def _in_order(kernel: Sequence[int], geometry: Geometry, x: Layout, y: Layout) -> bool:
+    """Whether neighbouring pixels of y read neighbouring pixels of x, row ends included."""
+    return (
+        math.prod(kernel) == math.prod(geometry.stride) == 1
+        and not any(geometry.padding)
+        and x.shape[2:] == y.shape[2:]
+    )
+
+
+def _padded(kernel: Sequence[int], geometry: Geometry, x: Layout, y: Layout) -> bool:
+    """Whether some tap of X falls outside of x."""
+    stride, padding, dilation, _ = geometry
+    return any(padding) or any(
+        (o - 1) * s + (k - 1) * d >= i
+        for k, s, d, i, o in zip(kernel, stride, dilation, x.shape[2:], y.shape[2:], strict=True)
+    )
+
+
 def _layer_constants(
     kernel: Sequence[int],
     geometry: Geometry,
     in_channels: int,
     out_channels: int,
-    sx: tuple[int, ...],
-    sy: tuple[int, ...],
+    x: Access,
+    y: Access,
 ) -> dict[str, Any]:
     """What is compiled in for a layer; channels are those of one group."""
     names = ("D", "H", "W")
@@ -121,8 +178,10 @@ def _layer_constants(
         "NDIM": len(kernel),
         "IN_VEC": _power_of_two_divisor(in_channels),
         "OUT_VEC": _power_of_two_divisor(out_channels),
-        "X_VEC": _vector(sx),
-        "Y_VEC": _vector(sy),
+        "X_LAST": x.last,
+        "Y_LAST": y.last,
+        "X_VEC": x.vector,
+        "Y_VEC": y.vector,
     }
 
 
@@ -141,19 +200,27 @@ def plan_apply(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    sx, sy = _strides(x), _strides(y)
-    wide = not flatten and _is_wide(sx, sy, a, b)
+    access_x, copy = _read(x, _in_order(kernel, geometry, x, y), b, a)
+    access_y = _access(y, True)
     config = choose_config(
-        pixels, a, taps * b if flatten else b, dtype.itemsize, _uses_tensor_cores(dtype, tf32), wide, device
+        pixels,
+        a,
+        taps * b if flatten else b,
+        dtype.itemsize,
+        _uses_tensor_cores(dtype, tf32),
+        not flatten and _is_wide([access_x], a, b),
+        device,
+        channels_last=_is_channels_last(access_x, access_y),
     )
-    constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
+    constants = _layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "FLATTEN": flatten,
+        "PADDED": _padded(kernel, geometry, x, y),
         "INDEX": _index_dtype(pixels),
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
-    sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
+    sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
-    return Plan(conv_apply_kernel, grid, sizes, constants)
+    return Plan(conv_apply_kernel, grid, sizes, constants, (copy,))
 
 
 @lru_cache(maxsize=4096)
@@ -170,9 +237,7 @@ def plan_apply_transposed(
     size and every output pixel is reached, else by residue phases."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
-    sx, sy = _strides(x), _strides(y)
     tensor_cores = _uses_tensor_cores(dtype, tf32)
-    constants = _layer_constants(kernel, geometry, a, b, sx, sy)
     scatter = all(
         k == s and (d == 1 or k == 1) and size_y + p <= size_x * s
         for k, s, d, p, size_x, size_y in zip(
@@ -185,13 +250,15 @@ def plan_apply_transposed(
             strict=True,
         )
     )
+    access_x, copy = _read(x, scatter, a, b)
+    access_y = _access(y, math.prod(geometry.stride) == 1)
+    constants = _layer_constants(kernel, geometry, a, b, access_x, access_y)
     if scatter:
         rows, columns = x.shape[0] * math.prod(x.shape[2:]), taps * b
         launched, phases = conv_scatter_kernel, 1
         for name in ("SD", "SH", "SW", "DD", "DH", "DW"):
             del constants[name]
-        vector = min(constants["OUT_VEC"], constants["Y_VEC"]) if sy[1] == 1 else 1
-        constants["COLUMN_VEC"] = vector
+        constants["COLUMN_VEC"] = min(constants["OUT_VEC"], access_y.vector) if access_y.last else 1
         constants["CROP"] = any(
             size_y != size_x * s for s, size_x, size_y in zip(geometry.stride, x.shape[2:], y.shape[2:], strict=True)
         )
@@ -201,13 +268,22 @@ def plan_apply_transposed(
         launched, phases = conv_apply_transposed_kernel, math.prod(geometry.stride)
         for axis in "DHW":
             constants[f"G{axis}"] = math.gcd(constants[f"S{axis}"], constants[f"D{axis}"])
-    wide = _is_wide(sx, sy, a, b)
-    config = choose_config(rows, columns, a, dtype.itemsize, tensor_cores, wide, device, phases)
+    config = choose_config(
+        rows,
+        columns,
+        a,
+        dtype.itemsize,
+        tensor_cores,
+        _is_wide([access_x], a, b),
+        device,
+        phases,
+        _is_channels_last(access_x, access_y),
+    )
     constants["INDEX"] = _index_dtype(rows)
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
-    sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], sx, sy)
+    sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
-    return Plan(launched, (phases * tiles,), sizes, constants)
+    return Plan(launched, (phases * tiles,), sizes, constants, (copy,))
 
 
 @lru_cache(maxsize=4096)
@@ -226,30 +302,39 @@ def plan_weight_grad(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    sx, sy = _strides(x), _strides(y)
-    wide = not flatten and _is_wide(sx, sy, a, b)
+    # The sum runs over pixels: operands of 16 bits can lie either way, TF32 turns channels-first ones in registers.
+    either_way = dtype.itemsize == 2
+    access_x, copy_x = _read(x, either_way and _in_order(kernel, geometry, x, y), b, a)
+    access_y, copy_y = _read(y, either_way, a, b)
     config = choose_config(
         a,
         taps * b if flatten else b,
         pixels,
         dtype.itemsize,
         _uses_tensor_cores(dtype, tf32),
-        wide,
+        not flatten and _is_wide([access_x, access_y], a, b),
         device,
-        parts=device.multiprocessors,
+        device.multiprocessors,
     )
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
     split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
-    constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
+    constants = _layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
+        "PADDED": _padded(kernel, geometry, x, y),
         "INDEX": _index_dtype(pixels),
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
-    sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
-    return Plan(conv_weight_grad_kernel, (tiles, triton.cdiv(steps, split_steps)), (*sizes, split_steps), constants)
+    sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
+    return Plan(
+        conv_weight_grad_kernel,
+        (tiles, triton.cdiv(steps, split_steps)),
+        (*sizes, split_steps),
+        constants,
+        (copy_x, copy_y),
+    )
 
 
 def _sizes(
@@ -258,8 +343,8 @@ def _sizes(
     geometry: Geometry,
     in_units: int,
     out_units: int,
-    sx: tuple[int, ...],
-    sy: tuple[int, ...],
+    access_x: Access,
+    access_y: Access,
 ) -> tuple[int, ...]:
     return (
         x.shape[0],
@@ -268,8 +353,8 @@ def _sizes(
         geometry.groups,
         in_units,
         out_units,
-        *sx,
-        *sy,
+        *access_x.strides,
+        *access_y.strides,
         *three(geometry.padding, 0),
     )
 
@@ -288,6 +373,8 @@ def _launch_forward(
     if y.numel() == 0:
         return
     plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
+    if plan.copies[0]:
+        x = to_channels_last(x)
     with device_guard(x):
         plan.kernel[plan.grid](
             x,
@@ -363,6 +450,7 @@ def weight_grad(
         device_of(x),
     )
     splits = plan.grid[1]
+    x, y = (to_channels_last(tensor) if copy else tensor for tensor, copy in zip((x, y), plan.copies, strict=True))
     with device_guard(x):
         if splits == 1:
             plan.kernel[plan.grid](x, y, weight, *plan.sizes, **plan.constants)

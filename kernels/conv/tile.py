@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..tile import outer_sum
+
 # Sizes and strides never trigger a recompilation; only a unit channel stride (channels_last) is told apart, since
 # contiguous channels are what wide loads need.
 RUNTIME = [
@@ -31,17 +33,22 @@ def store_tile(
     residual_ptr,
     y_ptr,
     offs_bias,  # [BLOCK_N]
-    offs_y,  # [BLOCK_M, BLOCK_N]
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
     mask_n,  # [BLOCK_N]
-    mask,  # [BLOCK_M, BLOCK_N]
+    mask,  # as the tile of outer_sum
+    Y_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):
     """y = relu(acc + bias + residual), each part optional. The residual has y's strides."""
+    offs_y = outer_sum(offs_m, offs_n, Y_LAST)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_bias, mask=mask_n, other=0.0)
         acc += bias.to(acc.dtype)[None, :]
+    if not Y_LAST:
+        acc = tl.trans(acc)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs_y, mask=mask, other=0.0)
         acc += residual.to(acc.dtype)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, unravel
+from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME
 
 
@@ -48,10 +48,13 @@ def conv_weight_grad_kernel(
     DW: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     W_CHANNELS_LAST: tl.constexpr,
     FLATTEN: tl.constexpr,
+    PADDED: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,8 +67,10 @@ def conv_weight_grad_kernel(
 
     The sum over pixels is split over the launch grid's second axis, SPLIT_STEPS blocks of BLOCK_K pixels each, into
     as many partial results. A tile's columns are channels b of one tap; with FLATTEN they are flat (tap, b) indices,
-    for inputs with few channels.
+    for inputs with few channels. Without PADDED no tap falls outside of x.
     """
+    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -93,37 +98,39 @@ def conv_weight_grad_kernel(
     rw = (tap % KW) * DW - PAD_W
     offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
     offs_xc = (group * B + b) * stride_xc
+    if not X_LAST:
+        offs_xc = tl.multiple_of(offs_xc, X_VEC)
     offs_yc = (group * A + offs_a) * stride_yc
+    if not Y_LAST:
+        offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     pixel0 = split.to(INDEX) * SPLIT_STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(0, SPLIT_STEPS):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
-        mask_k = n < N
-        offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
-        y = tl.load(y_ptr + offs_y[:, None] + offs_yc[None, :], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
+        mask_k = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
+        offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
+        y = tl.load(y_ptr + outer_sum(offs_y, offs_yc, Y_LAST), mask=outer_and(mask_k, mask_a, Y_LAST), other=0.0)
         i_d = od * SD
         i_h = oh * SH
         i_w = ow * SW
-        offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
+        offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
         if FLATTEN:
-            mask_x = in_bounds(
-                i_d[:, None] + rd[None, :],
-                i_h[:, None] + rh[None, :],
-                i_w[:, None] + rw[None, :],
-                ID,
-                IH,
-                IW,
-                NDIM,
-            )
-            mask_x = mask_x & mask_k[:, None] & mask_b[None, :]
-            x_ptrs = x_ptr + offs_x[:, None] + (offs_tap + offs_xc)[None, :]
+            mask_x = outer_and(mask_k, mask_b, X_LAST)
+            if PADDED:
+                d = outer_sum(i_d, rd, X_LAST)
+                h = outer_sum(i_h, rh, X_LAST)
+                w = outer_sum(i_w, rw, X_LAST)
+                mask_x = mask_x & in_bounds(d, h, w, ID, IH, IW, NDIM)
+            x_ptrs = x_ptr + outer_sum(offs_x, offs_tap + offs_xc, X_LAST)
         else:
-            mask_x = in_bounds(i_d + rd, i_h + rh, i_w + rw, ID, IH, IW, NDIM) & mask_k
-            mask_x = mask_x[:, None] & mask_b[None, :]
-            x_ptrs = x_ptr + (offs_x + offs_tap)[:, None] + offs_xc[None, :]
+            mask_pixel = mask_k
+            if PADDED:
+                mask_pixel = mask_pixel & in_bounds(i_d + rd, i_h + rh, i_w + rw, ID, IH, IW, NDIM)
+            mask_x = outer_and(mask_pixel, mask_b, X_LAST)
+            x_ptrs = x_ptr + outer_sum(offs_x + offs_tap, offs_xc, X_LAST)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        acc = dot(tl.trans(y), x, acc, PRECISION, UPCAST)
+        acc = dot(tl.trans(rows_by_columns(y, Y_LAST)), rows_by_columns(x, X_LAST), acc, PRECISION, UPCAST)
 
     offs_w = (split * GROUPS + group) * A + offs_a
     offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap

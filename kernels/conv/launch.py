@@ -297,7 +297,8 @@ def plan_weight_grad(
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
-    split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
+    splits = choose_splits(tiles, steps, math.prod(weight), device)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
     constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
@@ -305,7 +306,7 @@ def plan_weight_grad(
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
-    return Plan(conv_weight_grad_kernel, (tiles, triton.cdiv(steps, split_steps)), (*sizes, split_steps), constants)
+    return Plan(conv_weight_grad_kernel, (tiles, splits), sizes, constants)
 
 
 def _sizes(

@@ -120,7 +120,9 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
     names = tuple(inspect.signature(bind).parameters)[1:]
 
     def plan(**arguments: Any) -> Path:
-        return _plan(bind, axes, *(arguments[name] for name in names))[1]
+        call, path = _plan(bind, axes, *(arguments[name] for name in names))
+        note = ops.launch_note(bind is _bind_transposed, call.x, arguments["weight"], *call[3:]) if call else ""
+        return Path(path.name, f"{path.reason}; {note}") if note else path
 
     return plan
 

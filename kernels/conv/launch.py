@@ -400,6 +400,16 @@ def apply_transposed(
     _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
+def describe(
+    transposed: bool, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, geometry: Geometry, *, tf32: bool
+) -> str:
+    """What is special about the launch of `apply`, or of `apply_transposed`, with these; their values don't matter."""
+    if y.numel() == 0:
+        return ""
+    planner = plan_apply_transposed if transposed else plan_apply
+    return planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
+
+
 def weight_grad(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, geometry: Geometry, *, tf32: bool = False
 ) -> None:

@@ -11,6 +11,16 @@ that channels are contiguous. Tensors keep their strides: NCHW, channels_last an
 and written where they lie. 1-D and 2-D are 3-D with the leading axes of size 1 left out (`NDIM`).
 """
 
-from .launch import Geometry, apply, apply_transposed, weight_grad
+from .launch import Geometry, apply, apply_transposed, describe, weight_grad
+from .pyramid import apply_pyramid, describe_pyramid, same_geometry
 
-__all__ = ["Geometry", "apply", "apply_transposed", "weight_grad"]
+__all__ = [
+    "Geometry",
+    "apply",
+    "apply_pyramid",
+    "apply_transposed",
+    "describe",
+    "describe_pyramid",
+    "same_geometry",
+    "weight_grad",
+]

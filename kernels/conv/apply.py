@@ -71,8 +71,8 @@ def conv_apply_kernel(
     The reduction runs over (tap, block of input channels); with FLATTEN over the flat (tap, channel) index, which
     wastes nothing when there are fewer input channels than BLOCK_K. Without PADDED no tap falls outside of x.
     """
-    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
-    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
+    X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW

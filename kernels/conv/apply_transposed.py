@@ -89,7 +89,7 @@ def conv_apply_transposed_kernel(
     subset of the taps, so no inserted zero is ever multiplied. All phases run in one launch, those with the most taps
     first; a phase without taps still gets bias and residual.
     """
-    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
+    Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
     A = IN_UNITS * IN_VEC
     B = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -234,8 +234,8 @@ def conv_scatter_kernel(
     [input pixels, A] times [A, taps * B]: every output pixel has exactly one tap, so each product lands at
     S i + r - p with nothing to add up, and the input is read once for all taps.
     """
-    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
-    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
+    X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
     A = IN_UNITS * IN_VEC
     B = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 
 from ..runtime import INTERPRETED, Device, device_guard, device_of, three
+from . import access, zones
+from .access import Access, Layout, layout_of, power_of_two_divisor
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
+from .apply_zones import conv_zones_kernel
 from .config import ConvConfig, choose_config, choose_splits
 from .transpose import to_channels_last
 from .weight_grad import conv_weight_grad_kernel, reduce_splits_kernel
@@ -30,13 +33,6 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class Layout(NamedTuple):
-    """Shape and strides of a tensor (N, C, *spatial): all that a launch depends on but the values."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 class Plan(NamedTuple):
     """A launch without its pointers."""
 
@@ -45,10 +41,8 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     copies: tuple[bool, ...]  # for each tensor that is read, whether from a channels-last copy
-
-
-def layout_of(tensor: torch.Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride())
+    table: zones.Table | None = None  # of the zones, where the launch goes over zones
+    note: str = ""  # for people
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -56,67 +50,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.movedim(1, -1).contiguous()
 
 
-def _power_of_two_divisor(*values: int) -> int:
-    """Largest power of two, at most 16, that divides all values."""
-    return math.gcd(16, *values)
-
-
-def _strides(layout: Layout) -> tuple[int, ...]:
-    """Strides n, c, d, h, w; 0 along axes of size 1, where a tensor's stride says nothing."""
-    strides = [stride if size > 1 else 0 for size, stride in zip(layout.shape, layout.strides, strict=True)]
-    channel = strides[1] if layout.shape[1] > 1 else 1
-    return (strides[0], channel, *three(strides[2:], 0))
-
-
-class Access(NamedTuple):
-    """How a kernel walks a tensor (N, C, *spatial)."""
-
-    strides: tuple[int, ...]  # n, c, d, h, w
-    last: bool  # lanes lie along the channels, which are each other's neighbours in memory; else along the pixels
-    vector: int  # elements along the lanes that can be read or written at once
-
-
-def _access(layout: Layout, in_order: bool) -> Access:
-    """`in_order`: a tile's rows are neighbouring pixels of this tensor, in their order."""
-    strides = _strides(layout)
-    n, c, *spatial = strides
-    if c == 1 and layout.shape[1] > 1:
-        return Access(strides, True, _power_of_two_divisor(n, *spatial))
-    if not in_order:
-        return Access(strides, False, 1)
-    run, steps = 1, [n, c if layout.shape[1] > 1 else 0]
-    axes = [(length, stride) for length, stride in zip(layout.shape[2:], layout.strides[2:], strict=True) if length > 1]
-    while axes and axes[-1][1] == run:  # rows that follow each other without a gap are one row
-        run *= axes.pop()[0]
-    return Access(strides, False, _power_of_two_divisor(run, *steps, *(stride for _, stride in axes)))
-
-
-def _read(layout: Layout, in_order: bool, channels: int, columns: int) -> tuple[Access, bool]:
-    """How a product reads a tensor, `channels` of a group for each of its `columns`, and whether from a copy.
-
-    Channels-first pixels under a moving tap are aligned to nothing, so they come one by one and late. Where there are
-    enough channels for the tensor cores, one pass that brings them innermost costs less than that (unmeasured). cuDNN
-    does the same, and for the result too, which the kernels here write where it belongs.
-    """
-    access = _access(layout, in_order)
-    if access.last or access.vector >= 4 or channels % 4 or min(channels, columns) < 16:
-        return access, False
-    batch, total, *size = layout.shape
-    strides = [total * math.prod(size[axis + 1 :]) for axis in range(len(size))]
-    return _access(Layout(layout.shape, (total * math.prod(size), 1, *strides)), in_order), True
-
-
-def _is_wide(operands: Sequence[Access], *channels: int) -> bool:
-    """Whether all loads move at least four neighbouring elements."""
-    return min(*(access.vector for access in operands), _power_of_two_divisor(*channels)) >= 4
-
-
-def _is_channels_last(*accesses: Access) -> bool:
-    """Whether all loads and stores move at least four neighbouring channels."""
-    return all(access.last and access.vector >= 4 for access in accesses)
-
-
-def _dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
@@ -124,11 +58,11 @@ def _dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     }
 
 
-def _uses_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:
+def uses_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and tf32)
 
 
-def _block_constants(config: ConvConfig) -> dict[str, int]:
+def block_constants(config: ConvConfig) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -138,7 +72,7 @@ def _block_constants(config: ConvConfig) -> dict[str, int]:
     }
 
 
-def _index_dtype(pixels: int) -> tl.dtype:
+def index_dtype(pixels: int) -> tl.dtype:
     # A tile's pixel indices run past the last pixel, by less than any tile: stay clear of the limit by 2^16.
     return tl.int64 if pixels > 2**31 - 2**16 else tl.int32
 
@@ -161,7 +95,7 @@ def _padded(kernel: Sequence[int], geometry: Geometry, x: Layout, y: Layout) -> 
     )
 
 
-def _layer_constants(
+def layer_constants(
     kernel: Sequence[int],
     geometry: Geometry,
     in_channels: int,
@@ -176,13 +110,64 @@ def _layer_constants(
     constants |= {f"D{a}": size for a, size in zip(names, three(geometry.dilation, 1), strict=True)}
     return constants | {
         "NDIM": len(kernel),
-        "IN_VEC": _power_of_two_divisor(in_channels),
-        "OUT_VEC": _power_of_two_divisor(out_channels),
+        "IN_VEC": power_of_two_divisor(in_channels),
+        "OUT_VEC": power_of_two_divisor(out_channels),
         "X_LAST": x.last,
         "Y_LAST": y.last,
         "X_VEC": x.vector,
         "Y_VEC": y.vector,
     }
+
+
+def _worthwhile_zones(
+    x: Layout, weight: tuple[int, ...], y: Layout, geometry: Geometry, config: ConvConfig, transposed: bool
+) -> zones.Branch | None:
+    """The layer with its zones, where these are few and spare enough taps; decided by sizes and tile alone."""
+    kernel, (stride, padding, dilation, groups) = weight[2:], geometry
+    if math.prod(weight) >= 2**31:
+        return None
+    found = zones.find_zones(kernel, stride, padding, dilation, x.shape[2:], y.shape[2:], transposed)
+    plain = zones.plain_tile_taps(kernel, stride, y.shape[2:], transposed, y.shape[0], config.block_m)
+    zoned = zones.tile_taps(found, y.shape[0], config.block_m)
+    if len(found) > zones.MOST_ROWS or zoned > zones.WORTH * plain:
+        return None
+    channels = weight[1] if transposed else weight[0] // groups
+    return zones.Branch(found, kernel, channels, weight[1], 0, 0)
+
+
+def _zones_note(branch: zones.Branch, geometry: Geometry, transposed: bool) -> str:
+    share = zones.met_share(branch.zones, branch.kernel, geometry.stride, transposed)
+    return f"validity zones: {share:.0%} of the taps meet pixels"
+
+
+def zones_plan(
+    branches: Sequence[zones.Branch],
+    y: Layout,
+    groups: int,
+    access_x: Access,
+    access_y: Access,
+    constants: dict[str, Any],
+    transposed: bool,
+    note: str,
+) -> Plan:
+    """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
+    in_vec, out_vec = constants["IN_VEC"], constants["OUT_VEC"]
+    table = zones.make_table(
+        branches,
+        y.shape[0],
+        groups,
+        constants["BLOCK_M"],
+        constants["BLOCK_N"],
+        out_vec,
+        out_vec if transposed else in_vec,
+    )
+    names = set(conv_zones_kernel.arg_names) | {"num_warps", "num_stages"}
+    constants = {name: value for name, value in constants.items() if name in names}
+    constants |= {"ROWS": len(table.rows), "TRANSPOSED": transposed}
+    # A zone's rows have gaps between them, so along the pixels nothing is aligned.
+    constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if not side.last}
+    sizes = (y.shape[0], groups, access_x.channels // groups // in_vec, *access_x.strides, *access_y.strides)
+    return Plan(conv_zones_kernel, (table.programs,), sizes, constants, (access_x.copied,), table, note)
 
 
 @lru_cache(maxsize=4096)
@@ -200,27 +185,30 @@ def plan_apply(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
-    access_x, copy = _read(x, _in_order(kernel, geometry, x, y), b, a)
-    access_y = _access(y, True)
+    access_x = access.read(x, _in_order(kernel, geometry, x, y), b, a)
+    access_y = access.write(y, True)
     config = choose_config(
         pixels,
         a,
         taps * b if flatten else b,
         dtype.itemsize,
-        _uses_tensor_cores(dtype, tf32),
-        not flatten and _is_wide([access_x], a, b),
+        uses_tensor_cores(dtype, tf32),
+        not flatten and access.is_wide([access_x], a, b),
         device,
-        channels_last=_is_channels_last(access_x, access_y),
+        channels_last=access.is_channels_last(access_x, access_y),
     )
-    constants = _layer_constants(kernel, geometry, b, a, access_x, access_y) | {
+    constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "FLATTEN": flatten,
         "PADDED": _padded(kernel, geometry, x, y),
-        "INDEX": _index_dtype(pixels),
+        "INDEX": index_dtype(pixels),
     }
-    constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
+    constants |= dtype_constants(dtype, tf32) | block_constants(config)
+    if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
+        note = _zones_note(found, geometry, False)
+        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, note)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
-    return Plan(conv_apply_kernel, grid, sizes, constants, (copy,))
+    return Plan(conv_apply_kernel, grid, sizes, constants, (access_x.copied,))
 
 
 @lru_cache(maxsize=4096)
@@ -237,7 +225,7 @@ def plan_apply_transposed(
     size and every output pixel is reached, else by residue phases."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
-    tensor_cores = _uses_tensor_cores(dtype, tf32)
+    tensor_cores = uses_tensor_cores(dtype, tf32)
     scatter = all(
         k == s and (d == 1 or k == 1) and size_y + p <= size_x * s
         for k, s, d, p, size_x, size_y in zip(
@@ -250,9 +238,9 @@ def plan_apply_transposed(
             strict=True,
         )
     )
-    access_x, copy = _read(x, scatter, a, b)
-    access_y = _access(y, math.prod(geometry.stride) == 1)
-    constants = _layer_constants(kernel, geometry, a, b, access_x, access_y)
+    access_x = access.read(x, scatter, a, b)
+    access_y = access.write(y, math.prod(geometry.stride) == 1)
+    constants = layer_constants(kernel, geometry, a, b, access_x, access_y)
     if scatter:
         rows, columns = x.shape[0] * math.prod(x.shape[2:]), taps * b
         launched, phases = conv_scatter_kernel, 1
@@ -274,16 +262,19 @@ def plan_apply_transposed(
         a,
         dtype.itemsize,
         tensor_cores,
-        _is_wide([access_x], a, b),
+        access.is_wide([access_x], a, b),
         device,
         phases,
-        _is_channels_last(access_x, access_y),
+        access.is_channels_last(access_x, access_y),
     )
-    constants["INDEX"] = _index_dtype(rows)
-    constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
+    constants["INDEX"] = index_dtype(rows)
+    constants |= dtype_constants(dtype, tf32) | block_constants(config)
+    if not scatter and (found := _worthwhile_zones(x, weight, y, geometry, config, True)):
+        note = _zones_note(found, geometry, True)
+        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, note)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
-    return Plan(launched, (phases * tiles,), sizes, constants, (copy,))
+    return Plan(launched, (phases * tiles,), sizes, constants, (access_x.copied,))
 
 
 @lru_cache(maxsize=4096)
@@ -302,39 +293,37 @@ def plan_weight_grad(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
+    padded = _padded(kernel, geometry, x, y)
     # The sum runs over pixels: operands of 16 bits can lie either way, TF32 turns channels-first ones in registers.
+    # With padding each tap has a box of pixels of its own, with gaps between its rows.
     either_way = dtype.itemsize == 2
-    access_x, copy_x = _read(x, either_way and _in_order(kernel, geometry, x, y), b, a)
-    access_y, copy_y = _read(y, either_way, a, b)
+    access_x = access.read(x, either_way and _in_order(kernel, geometry, x, y), b, a)
+    access_y = access.read(y, either_way and (flatten or not padded), a, b)
     config = choose_config(
         a,
         taps * b if flatten else b,
         pixels,
         dtype.itemsize,
-        _uses_tensor_cores(dtype, tf32),
-        not flatten and _is_wide([access_x, access_y], a, b),
+        uses_tensor_cores(dtype, tf32),
+        not flatten and access.is_wide([access_x, access_y], a, b),
         device,
         device.multiprocessors,
     )
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
-    split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
-    constants = _layer_constants(kernel, geometry, b, a, access_x, access_y) | {
+    splits = choose_splits(tiles, steps, math.prod(weight), device)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
+    constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
         "PADDED": _padded(kernel, geometry, x, y),
-        "INDEX": _index_dtype(pixels),
+        "INDEX": index_dtype(pixels),
     }
-    constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
+    constants |= dtype_constants(dtype, tf32) | block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
-    return Plan(
-        conv_weight_grad_kernel,
-        (tiles, triton.cdiv(steps, split_steps)),
-        (*sizes, split_steps),
-        constants,
-        (copy_x, copy_y),
-    )
+    copies = access_x.copied, access_y.copied
+    return Plan(conv_weight_grad_kernel, (tiles, splits), sizes, constants, copies)
 
 
 def _sizes(
@@ -375,6 +364,7 @@ def _launch_forward(
     plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
     if plan.copies[0]:
         x = to_channels_last(x)
+    tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.kernel[plan.grid](
             x,
@@ -382,6 +372,7 @@ def _launch_forward(
             bias,
             residual,
             y,
+            *tables,
             *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -426,6 +417,16 @@ def apply_transposed(
     residual has y's strides.
     """
     _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
+
+
+def describe(
+    transposed: bool, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, geometry: Geometry, *, tf32: bool
+) -> str:
+    """What is special about the launch of `apply`, or of `apply_transposed`, with these; their values don't matter."""
+    if y.numel() == 0:
+        return ""
+    planner = plan_apply_transposed if transposed else plan_apply
+    return planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 
 def weight_grad(

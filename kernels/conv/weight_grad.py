@@ -7,7 +7,15 @@ from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by
 from .tile import CHANNEL_STRIDES, RUNTIME
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "SPLIT_STEPS"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit
+def _reached(offset, S: tl.constexpr, SIZE, OUT):
+    """First output pixel o of one axis whose input pixel S o + offset exists, and how many follow each other."""
+    low = (tl.maximum(-offset, 0) + S - 1) // S
+    high = tl.minimum((tl.maximum(SIZE - offset, 0) + S - 1) // S, OUT)
+    return low, tl.maximum(high - low, 0)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_weight_grad_kernel(
     x_ptr,  # (N, groups * B, ID, IH, IW)
     y_ptr,  # (N, groups * A, OD, OH, OW)
@@ -35,7 +43,6 @@ def conv_weight_grad_kernel(
     PAD_D,
     PAD_H,
     PAD_W,
-    SPLIT_STEPS,
     NDIM: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
@@ -65,12 +72,13 @@ def conv_weight_grad_kernel(
 ):
     """w[a, b, r] = sum over pixels of y[n, a, o] x[n, b, s o - p + d r]: BLOCK_M channels a by BLOCK_N columns.
 
-    The sum over pixels is split over the launch grid's second axis, SPLIT_STEPS blocks of BLOCK_K pixels each, into
-    as many partial results. A tile's columns are channels b of one tap; with FLATTEN they are flat (tap, b) indices,
-    for inputs with few channels. Without PADDED no tap falls outside of x.
+    A tile's columns are channels b of one tap, and its sum runs over the pixels that this tap brings to an input pixel:
+    a box of them, so no padding is multiplied. With FLATTEN columns are flat (tap, b) indices, for inputs with few
+    channels, and the sum runs over all pixels; without PADDED no tap falls outside of x there. The sum is split over
+    the launch grid's second axis, in blocks of BLOCK_K, into as many partial results.
     """
-    X_RUN: tl.constexpr = 1 if X_LAST else X_VEC
-    Y_RUN: tl.constexpr = 1 if Y_LAST else Y_VEC
+    X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
+    Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -104,11 +112,28 @@ def conv_weight_grad_kernel(
     if not Y_LAST:
         offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
+    if FLATTEN:
+        pixels = N.to(INDEX) * OD * OH * OW
+    else:
+        low_d, OD = _reached(rd, SD, ID, OD)
+        low_h, OH = _reached(rh, SH, IH, OH)
+        low_w, OW = _reached(rw, SW, IW, OW)
+        pixels = N.to(INDEX) * OD * OH * OW
+        # No pixel is no step; but the compiler may divide by these ahead of the loop.
+        OD = tl.maximum(OD, 1)
+        OH = tl.maximum(OH, 1)
+        OW = tl.maximum(OW, 1)
+    split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    pixel0 = split.to(INDEX) * SPLIT_STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    for step in range(0, SPLIT_STEPS):
+    pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    for step in range(0, split_steps):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
         mask_k = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
+        if not FLATTEN:
+            od += low_d
+            oh += low_h
+            ow += low_w
         offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
         y = tl.load(y_ptr + outer_sum(offs_y, offs_yc, Y_LAST), mask=outer_and(mask_k, mask_a, Y_LAST), other=0.0)
         i_d = od * SD
@@ -124,10 +149,7 @@ def conv_weight_grad_kernel(
                 mask_x = mask_x & in_bounds(d, h, w, ID, IH, IW, NDIM)
             x_ptrs = x_ptr + outer_sum(offs_x, offs_tap + offs_xc, X_LAST)
         else:
-            mask_pixel = mask_k
-            if PADDED:
-                mask_pixel = mask_pixel & in_bounds(i_d + rd, i_h + rh, i_w + rw, ID, IH, IW, NDIM)
-            mask_x = outer_and(mask_pixel, mask_b, X_LAST)
+            mask_x = outer_and(mask_k, mask_b, X_LAST)
             x_ptrs = x_ptr + outer_sum(offs_x + offs_tap, offs_xc, X_LAST)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         acc = dot(tl.trans(rows_by_columns(y, Y_LAST)), rows_by_columns(x, X_LAST), acc, PRECISION, UPCAST)

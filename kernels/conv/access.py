@@ -1,0 +1,79 @@
+"""How the convolution kernels walk the tensors that they read and write, decided by shapes and strides alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..runtime import three
+
+
+class Layout(NamedTuple):
+    """Shape and strides of a tensor (N, C, *spatial): all that a launch depends on but the values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    return Layout(tuple(tensor.shape), tensor.stride())
+
+
+class Access(NamedTuple):
+    """How a kernel walks a tensor (N, C, *spatial)."""
+
+    channels: int
+    strides: tuple[int, ...]  # n, c, d, h, w; 0 along axes of size 1, where a tensor's stride says nothing
+    last: bool  # lanes lie along the channels, which are each other's neighbours in memory; else along the pixels
+    vector: int  # elements along the lanes that can be read or written at once
+    copied: bool = False  # into channels-last memory before it is read
+
+
+def power_of_two_divisor(*values: int) -> int:
+    """Largest power of two, at most 16, that divides all values."""
+    return math.gcd(16, *values)
+
+
+def write(layout: Layout, in_order: bool) -> Access:
+    """`in_order`: a tile's rows are neighbouring pixels of this tensor, in their order."""
+    (batch, channels, *size), (stride_n, stride_c, *steps) = layout
+    n, c = stride_n if batch > 1 else 0, stride_c if channels > 1 else 1
+    spatial = [stride if length > 1 else 0 for length, stride in zip(size, steps, strict=True)]
+    strides = (n, c, *three(spatial, 0))
+    if c == 1 and channels > 1:
+        return Access(channels, strides, True, power_of_two_divisor(n, *spatial))
+    if not in_order:
+        return Access(channels, strides, False, 1)
+    run, axes = 1, [(length, stride) for length, stride in zip(size, steps, strict=True) if length > 1]
+    while axes and axes[-1][1] == run:  # rows that follow each other without a gap are one row
+        run *= axes.pop()[0]
+    gaps = [n, c if channels > 1 else 0, *(stride for _, stride in axes)]
+    return Access(channels, strides, False, power_of_two_divisor(run, *gaps))
+
+
+def read(layout: Layout, in_order: bool, channels: int, columns: int) -> Access:
+    """The same for an operand of a product that takes `channels` of a group to each of its `columns`.
+
+    Channels-first pixels under a moving tap are aligned to nothing, so they come one by one and late. Where there are
+    enough channels for the tensor cores, one pass that brings them innermost costs less than that (unmeasured). cuDNN
+    does the same, and for the result too, which the kernels here write where it belongs.
+    """
+    direct = write(layout, in_order)
+    if direct.last or direct.vector >= 4 or channels % 4 or min(channels, columns) < 16:
+        return direct
+    total, *size = layout.shape[1:]
+    strides = [total * math.prod(size[axis + 1 :]) for axis in range(len(size))]
+    return write(Layout(layout.shape, (total * math.prod(size), 1, *strides)), in_order)._replace(copied=True)
+
+
+def is_wide(operands: Sequence[Access], *channels: int) -> bool:
+    """Whether all loads move at least four neighbouring elements."""
+    return min(*(operand.vector for operand in operands), power_of_two_divisor(*channels)) >= 4
+
+
+def is_channels_last(*accesses: Access) -> bool:
+    """Whether all loads and stores move at least four neighbouring channels."""
+    return all(access.last and access.vector >= 4 for access in accesses)

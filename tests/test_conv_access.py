@@ -1,0 +1,171 @@
+"""How kernels walk channels-first and channels-last tensors: what the compiler is told about alignment is true, and the
+results are right either way."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from backstride import fused_ops
+from backstride.kernels.conv import access, launch
+from backstride.kernels.conv.access import Layout, layout_of
+from backstride.kernels.conv.launch import Geometry
+from backstride.kernels.conv.transpose import to_channels_last
+from backstride.kernels.runtime import H200
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .oracle import assert_close
+
+IMAGES = {
+    "dense": lambda: torch.empty(2, 3, 8, 12),
+    "odd plane": lambda: torch.empty(2, 3, 5, 7),
+    "even rows": lambda: torch.empty(2, 3, 5, 12),
+    "1-D": lambda: torch.empty(2, 3, 32),
+    "3-D": lambda: torch.empty(2, 3, 3, 4, 8),
+    "crop of the width": lambda: torch.empty(2, 3, 8, 16)[..., :12],
+    "crop of the height": lambda: torch.empty(2, 3, 8, 12)[:, :, 2:6],
+    "slice of the channels": lambda: torch.empty(2, 9, 8, 12)[:, 3:6],
+    "every other pixel": lambda: torch.empty(2, 3, 8, 24)[..., ::2],
+    "one row": lambda: torch.empty(2, 3, 1, 16),
+    "one column": lambda: torch.empty(2, 3, 16, 1),
+    "one pixel": lambda: torch.empty(2, 3, 1, 1),
+    "one channel": lambda: torch.empty(2, 1, 8, 12),
+    "expanded rows": lambda: torch.empty(2, 3, 1, 12).expand(2, 3, 8, 12),
+    "expanded columns": lambda: torch.empty(2, 3, 8, 1).expand(2, 3, 8, 12),
+    "expanded batch": lambda: torch.empty(1, 3, 8, 12).expand(2, 3, 8, 12),
+    "axes swapped": lambda: torch.empty(2, 3, 12, 8).transpose(2, 3),
+}
+
+
+def assert_true_of(claim: access.Access, layout: Layout) -> None:
+    """Rows of `claim.vector` pixels are consecutive, begin at a multiple of it, and stay within an image."""
+    (batch, channels, *size), (stride_n, stride_c, *steps) = layout
+    assert not claim.last
+    pixels = torch.zeros(batch, *size, dtype=torch.int64)
+    for axis, stride in enumerate((stride_n, *steps)):
+        shape = [-1 if other == axis else 1 for other in range(pixels.dim())]
+        pixels += (torch.arange(pixels.shape[axis]) * stride).view(shape)
+    assert math.prod(size) % claim.vector == 0
+    runs = pixels.reshape(-1, claim.vector)
+    assert (runs == runs[:, :1] + torch.arange(claim.vector)).all()
+    assert (runs[:, 0] % claim.vector == 0).all()
+    assert channels == 1 or stride_c % claim.vector == 0
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_aligned_runs_of_pixels(name):
+    layout = layout_of(IMAGES[name]())
+    assert_true_of(access.write(layout, in_order=True), layout)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_aligned_runs_of_pixels_of_any_view(data):
+    """Views of a dense tensor by cropping, stepping and permuting."""
+    axes = data.draw(st.integers(1, 3))
+    tensor = torch.empty([data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, 2, 4])) for _ in range(axes + 2)])
+    for axis in range(tensor.dim()):
+        step = data.draw(st.sampled_from([1, 1, 1, 2]))
+        tensor = tensor.movedim(axis, 0)[data.draw(st.integers(0, tensor.shape[axis] - 1)) :: step].movedim(0, axis)
+    layout = layout_of(tensor.permute(data.draw(st.permutations(range(tensor.dim())))))
+    claim = access.write(layout, in_order=True)
+    if claim.last:
+        assert layout.strides[1] == 1 and all(s % claim.vector == 0 for s in claim.strides if s != 1)
+    else:
+        assert_true_of(claim, layout)
+
+
+def test_whole_images_are_read_and_written_sixteen_at_a_time():
+    assert access.write(layout_of(IMAGES["dense"]()), in_order=True).vector == 16
+    assert access.write(layout_of(IMAGES["even rows"]()), in_order=True).vector == 4
+    assert access.write(layout_of(IMAGES["odd plane"]()), in_order=True).vector == 1
+    assert access.write(layout_of(IMAGES["dense"]()), in_order=False).vector == 1
+
+
+def test_many_channels_first_are_read_from_a_channels_last_copy():
+    many, few = (layout_of(torch.empty(2, channels, 9, 9)) for channels in (64, 3))
+    last = layout_of(torch.empty(2, 64, 9, 9).to(memory_format=torch.channels_last))
+    copied = access.read(many, False, 64, 32)
+    assert copied.copied and copied.last and copied.vector == 16
+    assert copied.strides == access.write(last, False).strides
+    assert not access.read(few, False, 3, 32).copied
+    assert not access.read(last, False, 64, 32).copied
+    assert not access.read(layout_of(torch.empty(2, 64, 8, 8)), True, 64, 32).copied, "aligned as it lies"
+
+
+def plans(image: torch.Tensor, kernel: int, padding: int) -> list[launch.Plan]:
+    channels, size = image.shape[1], image.shape[2]
+    geometry = Geometry((1, 1), (padding, padding), (1, 1), 1)
+    out = size + 2 * padding - kernel + 1
+    x, y = layout_of(image), layout_of(torch.empty(image.shape[0], 32, out, out))
+    weight = (32, channels, kernel, kernel)
+    tail = geometry, torch.float16, False, H200
+    return [
+        launch.plan_apply(x, weight, y, *tail),
+        launch.plan_apply_transposed(y, weight, x, *tail),
+        launch.plan_weight_grad(x, weight, False, y, *tail),
+    ]
+
+
+def test_channels_first_layers_have_the_tiles_of_channels_last_ones():
+    """64 channels in NCHW: read from a copy or aligned, written sixteen pixels at a time."""
+    for plan in plans(torch.empty(2, 64, 32, 32), 3, 1):
+        assert plan.constants["BLOCK_K"] == 64 and any(plan.copies)
+    for plan in plans(torch.empty(2, 64, 32, 32), 1, 0):
+        assert plan.constants["BLOCK_K"] == 64 and not any(plan.copies)
+        assert plan.constants["X_VEC"] == plan.constants["Y_VEC"] == 16
+
+
+def test_padding_is_looked_for_only_where_there_is_some():
+    for padding, padded in ((0, False), (1, True)):
+        apply, _, weight_grad = plans(torch.empty(2, 8, 8, 8), 3, padding)
+        assert apply.constants["PADDED"] is weight_grad.constants["PADDED"] is padded
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 5, 13), (1, 3, 66), (2, 16, 2, 3, 4), (1, 1, 1, 1)])
+def test_to_channels_last(device, shape):
+    x = torch.randn(shape, device=device)
+    y = to_channels_last(x)
+    assert torch.equal(x, y)
+    assert y.movedim(1, -1).is_contiguous()
+    cut = torch.randn(*shape[:-1], shape[-1] + 3, device=device)[..., 1:-2]
+    assert torch.equal(to_channels_last(cut), cut)
+
+
+CASES = {
+    "3x3 padded": (2, 3, 1, 1, False),
+    "3x3 valid": (2, 3, 1, 0, False),
+    "1x1": (2, 1, 1, 0, False),
+    "1x1 strided": (2, 1, 2, 0, False),
+    "3-D": (3, 2, 1, 1, False),
+    "up 2x2": (2, 2, 2, 0, True),
+    "up 3x3": (2, 3, 2, 1, True),
+    "1-D up": (1, 4, 2, 1, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_many_channels_in_every_mix_of_layouts(device, name, dtype):
+    """Values and gradients with 16 and 20 channels, the input and the output's gradient each either way."""
+    axes, kernel, stride, padding, transposed = CASES[name]
+    op = getattr(fused_ops, f"conv_transpose{axes}d" if transposed else f"conv{axes}d")
+    theirs = getattr(torch.nn.functional, op.__name__)
+    generator = torch.Generator(device).manual_seed(0)
+    image, shape = (2, 16, *[4] * axes), (16, 20) if transposed else (20, 16)
+    x = torch.randn(image, device=device, dtype=dtype, generator=generator)
+    weight = torch.randn(*shape, *[kernel] * axes, device=device, dtype=dtype, generator=generator) / 4
+    layouts = [lambda t: t] if axes == 1 else [lambda t: t, lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)]
+
+    def run(function, dtype, lay_x=lambda t: t, lay_y=lambda t: t):
+        leaves = [lay_x(x.to(dtype)).detach().requires_grad_(), weight.to(dtype).requires_grad_()]
+        y = function(*leaves, stride=stride, padding=padding)
+        grad = torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float64).view(y.shape).to(x.dtype)
+        return [y.detach(), *torch.autograd.grad(y, leaves, lay_y(grad.to(dtype)))]
+
+    oracle, torchs = run(theirs, torch.float64), run(theirs, dtype)
+    lengths = [16 * kernel**axes, 20 * kernel**axes, 2 * 4**axes]
+    for lay_x, lay_y in itertools.product(layouts, layouts):
+        for ours, exact, other, length in zip(run(op, dtype, lay_x, lay_y), oracle, torchs, lengths, strict=True):
+            assert_close(ours, exact, other, length)

@@ -1,4 +1,4 @@
-"""What the kernels of all ops share: pixel indices, addresses, bounds and the product."""
+"""What the kernels of all ops share: pixel indices, addresses, bounds, residue phases and the product."""
 
 import triton
 import triton.language as tl
@@ -40,6 +40,22 @@ def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
     if NDIM == 3:
         mask = mask & (d >= 0) & (d < D)
     return mask
+
+
+@triton.jit
+def residue_phase(index, PAD, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """One axis of a residue phase of X^T, with G = gcd(S, D).
+
+    Output pixels i = residue + S q are reached by the taps r = first + (S / G) j, j < taps, and by no others, from
+    the input pixels q + base - (D / G) j. Counting phases by `first` needs no modular inverse and puts the phases
+    with the most taps in front; index % G > 0 stands for the residues that no tap reaches.
+    """
+    first = index // G
+    rest = index % G
+    residue = ((first * D + rest - PAD) % S + S) % S
+    taps = tl.where((rest == 0) & (first < K), (K - first + S // G - 1) // (S // G), 0)
+    base = (residue + PAD - first * D) // S
+    return first, taps, residue, base
 
 
 @triton.jit

@@ -15,14 +15,14 @@ from .cross_compile_conv import EPILOGUE, LAYOUTS, dense_layout, launch_signatur
 # name, layouts, dtypes, axes, batch, channels, multiplier, size in, kernel, stride, padding, dilation. The size is
 # that of X's input: X^T runs the same layer the other way, and makes that size.
 LAYERS = [
-    ("Xception 3x3 d2", "both", ("bf16", "fp32"), 2, 8, 728, 1, 64, 3, 1, 2, 2),
-    ("ASPP 3x3 d12, 33 wide", "contiguous", ("bf16",), 2, 8, 2048, 1, 33, 3, 1, 12, 12),
-    ("ConvNeXt 7x7", "both", ("bf16",), 2, 8, 192, 1, 56, 7, 1, 3, 1),
-    ("bilinear 4x4 s2", "both", ("bf16", "fp32"), 2, 16, 256, 1, 128, 4, 2, 1, 1),
-    ("FCN up 16x16 s8, 21 classes", "both", ("bf16",), 2, 16, 21, 1, 568, 16, 8, 0, 1),
-    ("short convolution k4", "contiguous", ("bf16", "fp32"), 1, 1, 12288, 1, 16384, 4, 1, 3, 1),
-    ("multiplier 2, 3x3 s2", "both", ("bf16",), 2, 8, 32, 2, 112, 3, 2, 1, 1),
-    ("3-D 3x3x3", "both", ("bf16",), 3, 2, 64, 1, 32, 3, 1, 1, 1),
+    ("Xception 3x3 d2", "both", ("bf16",), 2, 8, 728, 1, 64, 3, 1, 2, 2),
+    ("ConvNeXt 7x7", "channels_last", ("bf16",), 2, 8, 192, 1, 56, 7, 1, 3, 1),
+    ("bilinear 4x4 s2", "both", ("bf16",), 2, 16, 256, 1, 128, 4, 2, 1, 1),
+    ("bilinear 4x4 s2", "contiguous", ("fp32",), 2, 16, 256, 1, 128, 4, 2, 1, 1),
+    ("FCN up 16x16 s8, 21 classes", "contiguous", ("bf16",), 2, 16, 21, 1, 568, 16, 8, 0, 1),
+    ("short convolution k4", "contiguous", ("bf16",), 1, 1, 12288, 1, 16384, 4, 1, 3, 1),
+    ("multiplier 2, 3x3, 33 wide", "contiguous", ("bf16",), 2, 8, 32, 2, 33, 3, 1, 1, 1),
+    ("3-D 3x3x3", "contiguous", ("bf16",), 3, 2, 64, 1, 32, 3, 1, 1, 1),
     ("long convolution k128", "contiguous", ("bf16",), 1, 4, 768, 1, 4096, 128, 1, 127, 1),
 ]
 

@@ -103,6 +103,6 @@ def choose_config(
     rows = max(1, lanes * held // cols)
     groups = -(-tap_rows // max(1, ACCUMULATORS // (taps * held)))
     grouped = -(-tap_rows // groups) if window else 1
-    steps = repeats * tap_rows
-    unroll = min(steps, max(1, UNROLLED // (products * held)))
+    steps, most = repeats * tap_rows, max(1, UNROLLED // (products * held))
+    unroll = max(n for n in range(1, min(steps, most) + 1) if steps % n == 0)
     return DepthwiseConfig(window, u, rows, cols, grouped, unroll, WARPS, 1)

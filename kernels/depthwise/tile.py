@@ -91,7 +91,7 @@ def load_chunk(
     inside = (column >= 0) & (column < WIDTH)
     offs_w = column.to(tl.int64) * stride_w
     if CHANNELS_LAST:
-        # The hint stands here: on the parts of the sum it would be lost.
+        # The hints stand here: on the arguments they would be lost when the call is inlined.
         offs_pixel = tl.multiple_of(offs_row + offs_w, VEC)
         mask = (mask_row & inside)[:, None] & mask_c[None, :]
         columns = (tl.load(x_ptr + offs_pixel[:, None] + offs_c[None, :], mask=mask, other=0.0),)
@@ -99,8 +99,8 @@ def load_chunk(
         mask = mask_row[:, None] & inside[None, :]
         columns = (tl.load(x_ptr + offs_row[:, None] + offs_w[None, :], mask=mask, other=0.0),)
     else:
-        offs_row = tl.multiple_of(offs_row, CHUNK)
         offs = offs_row[:, None, None] + (offs_w[None, :, None] + tl.arange(0, CHUNK)[None, None, :])
+        offs = tl.multiple_of(offs, (1, 1, CHUNK))
         mask = mask_row[:, None, None] & inside[None, :, None]
         columns = unpack(tl.load(x_ptr + offs, mask=mask, other=0.0), CHUNK)
     return columns

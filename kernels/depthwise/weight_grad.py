@@ -94,12 +94,10 @@ def depthwise_weight_grad_kernel(
             n, od, oh, qw = unravel(row, OD, OH, across, NDIM)
         else:
             qw = (block % lanes_across * COLS).to(tl.int32) + tl.arange(0, COLS)
-            if NDIM == 3:
-                n, _, od, oh = unravel(row, 1, OD, OH, 3)
-            elif NDIM == 2:
-                n, _, od, oh = unravel(row, 1, 1, OH, 1)
-            else:
+            if NDIM == 1:
                 n, od, oh = row, row * 0, row * 0
+            else:
+                n, zero, od, oh = unravel(row, 1, OD, OH, NDIM - 1)
         mask_row = n < N
         offs_y = n.to(tl.int64) * stride_yn + od.to(tl.int64) * stride_yd + oh.to(tl.int64) * stride_yh
         offs_x = n.to(tl.int64) * stride_xn

@@ -1,4 +1,4 @@
-"""What the kernels of all ops share: pixel indices, addresses, bounds and the product."""
+"""What the kernels of all ops share: pixel indices, addresses, bounds, residue phases and the product."""
 
 import triton
 import triton.language as tl
@@ -65,6 +65,22 @@ def outer_and(rows, columns, COLUMNS_INNER: tl.constexpr):
 def rows_by_columns(tile, COLUMNS_INNER: tl.constexpr):
     """The tile of `outer_sum` with the rows as its first axis."""
     return tile if COLUMNS_INNER else tl.trans(tile)
+
+
+@triton.jit
+def residue_phase(index, PAD, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """One axis of a residue phase of X^T, with G = gcd(S, D).
+
+    Output pixels i = residue + S q are reached by the taps r = first + (S / G) j, j < taps, and by no others, from
+    the input pixels q + base - (D / G) j. Counting phases by `first` needs no modular inverse and puts the phases
+    with the most taps in front; index % G > 0 stands for the residues that no tap reaches.
+    """
+    first = index // G
+    rest = index % G
+    residue = ((first * D + rest - PAD) % S + S) % S
+    taps = tl.where((rest == 0) & (first < K), (K - first + S // G - 1) // (S // G), 0)
+    base = (residue + PAD - first * D) // S
+    return first, taps, residue, base
 
 
 @triton.jit

@@ -47,7 +47,7 @@ TARGETS = {
 }
 
 OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
-BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK")
+BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "ROWS", "COLS", "U")
 # fp16 compiles to the same code as bf16 but for the instructions' types.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
@@ -188,11 +188,11 @@ def trusted_rows(committed: list[Compiled]) -> dict[tuple[str, str], Compiled]:
 
 def compile_all(targets: list[str], trusted: dict[tuple[str, str], Compiled]) -> list[Compiled]:
     """One row for every distinct compilation, per target."""
-    from . import cross_compile_conv, cross_compile_pool, cross_compile_rnn
+    from . import cross_compile_conv, cross_compile_depthwise, cross_compile_pool, cross_compile_rnn
 
     rows: dict[tuple[str, ...], Compiled] = {}
     for target in targets:
-        for family in (cross_compile_conv, cross_compile_pool, cross_compile_rnn):
+        for family in (cross_compile_conv, cross_compile_depthwise, cross_compile_pool, cross_compile_rnn):
             for case in family.cases(TARGETS[target]):
                 compilation = Compilation(case, target)
                 known = trusted.get((target, compilation.key))

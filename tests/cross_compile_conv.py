@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
 from backstride.kernels.conv.pyramid import plan_pyramid
+from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
 
@@ -31,7 +32,7 @@ PYRAMID = "ASPP 1x1, d6, d12, d18"
 LAYOUTS = ("channels_last", "contiguous")
 
 
-def _layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
+def dense_layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
     """Layout of a dense tensor (N, C, *size), channels innermost or not."""
     batch, channels, *size = shape
     strides, step = [], channels if channels_last else 1
@@ -51,8 +52,8 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
             continue
         out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, groups)
-        x = _layout((batch, c_in, *[size] * axes), channels_last)
-        y = _layout((batch, c_out, *[out] * axes), channels_last)
+        x = dense_layout((batch, c_in, *[size] * axes), channels_last)
+        y = dense_layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
         yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
         yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
@@ -60,15 +61,17 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
 
 
 def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> launch.Plan:
-    x, y = (_layout((8, channels, 33, 33), channels_last) for channels in (2048, 1024))
+    x, y = (dense_layout((8, channels, 33, 33), channels_last) for channels in (2048, 1024))
     weights = ((256, 2048, 1, 1), *[(256, 2048, 3, 3)] * 3)
     plan = plan_pyramid(x, weights, y, ((1, 1), (6, 6), (12, 12), (18, 18)), DTYPES[dtype], dtype == "tf32", device)
     assert plan is not None
     return plan
 
 
-def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types of the run-time arguments, and those that a launch would fix: unit channel strides."""
+def launch_signature(
+    plan: launch.Plan, pointer: str, units: Sequence[str] = CHANNEL_STRIDES
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the run-time arguments, and those that a launch would fix: which of the strides `units` are 1."""
     names = [name for name in plan.kernel.arg_names if name not in plan.constants]
     scalars = [name for name in names if not name.endswith("_ptr") and name not in EPILOGUE]
     values = dict(zip(scalars, plan.sizes, strict=True))
@@ -76,7 +79,7 @@ def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], d
     signature |= {name: pointer for name in names if name.endswith("_ptr")}
     if plan.table is not None:
         signature["table_ptr"] = "*i32"
-    unit = {name: 1 for name in ("stride_xc", "stride_yc") if values[name] == 1}
+    unit = {name: 1 for name in units if values[name] == 1}
     return signature, unit
 
 

@@ -17,7 +17,7 @@ from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from .oracle import assert_as_exact_as, to_fp64
+from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
 TRANSPOSED = {
@@ -26,29 +26,6 @@ TRANSPOSED = {
     3: (fused.conv_transpose3d, F.conv_transpose3d),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def check_forward_and_gradients(ours, theirs, tensors):
-    """`ours` and `theirs` are functions of the tensors; compares outputs and all gradients with an fp64 oracle."""
-    exact_inputs = to_fp64(*tensors)
-    scale_inputs = [t.detach().abs().requires_grad_(t.requires_grad) for t in exact_inputs]
-    every = [
-        f(*inputs) for f, inputs in ((ours, tensors), (theirs, tensors), (theirs, exact_inputs), (theirs, scale_inputs))
-    ]
-    assert_as_exact_as(*every)
-    grad = torch.randn(every[0].shape, generator=torch.Generator().manual_seed(7)).to(every[0])
-    grads = [
-        torch.autograd.grad(y, [t for t in inputs if t.requires_grad], g)
-        for y, inputs, g in zip(
-            every,
-            (tensors, tensors, exact_inputs, scale_inputs),
-            (grad, grad, grad.cpu().double(), grad.cpu().double().abs()),
-            strict=True,
-        )
-    ]
-    for index, gradient in enumerate(zip(*grads, strict=True)):
-        assert_as_exact_as(*gradient, f"gradient {index}")
-    return every[:2]
 
 
 @st.composite
@@ -64,11 +41,6 @@ def geometries(draw):
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     channels = groups * draw(st.sampled_from([1, 2, 17])), groups * draw(st.sampled_from([1, 3, 16]))
     return axes, draw(st.integers(1, 2)), channels, axis(1, 6), kernel, stride, padding, dilation, groups
-
-
-def random_tensors(seed, *shapes, dtype=torch.float64, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -135,14 +107,6 @@ LAYERS = {
 @pytest.fixture(params=list(LAYERS))
 def layer(request):
     return LAYERS[request.param]
-
-
-def both_layouts(*tensors):
-    """The tensors as they are, and channels_last where they have such a format."""
-    yield tensors
-    if tensors[0].dim() > 3:
-        memory_format = torch.channels_last if tensors[0].dim() == 4 else torch.channels_last_3d
-        yield tuple(t if t.dim() < 4 else t.to(memory_format=memory_format) for t in tensors)
 
 
 def assert_same_format(ours, theirs):

@@ -64,7 +64,9 @@ def test_aligned_runs_of_pixels(name):
 def test_aligned_runs_of_pixels_of_any_view(data):
     """Views of a dense tensor by cropping, stepping and permuting."""
     axes = data.draw(st.integers(1, 3))
-    tensor = torch.empty([data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, 2, 4])) for _ in range(axes + 2)])
+    tensor = torch.empty(
+        [data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, 2, 4])) for _ in range(axes + 2)]
+    )
     for axis in range(tensor.dim()):
         step = data.draw(st.sampled_from([1, 1, 1, 2]))
         tensor = tensor.movedim(axis, 0)[data.draw(st.integers(0, tensor.shape[axis] - 1)) :: step].movedim(0, axis)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels import depthwise
 from ..dispatch import ATEN, REFUSED, Path, autocast, explained_by, kernel_path
 from . import ops
 
@@ -112,7 +113,11 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
     except _Refused:
         return None, REFUSED
     path = kernel_path(call.x)
-    return (None if path.name == ATEN else call), path
+    if path.name == ATEN:
+        return None, path
+    if ops.kernels_for(arguments[2].shape, call.groups) is depthwise:
+        path = Path(path.name, f"depthwise kernel for {path.reason}")
+    return call, path
 
 
 def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:

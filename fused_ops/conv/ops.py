@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import conv as kernels
+from ...kernels import depthwise
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, kernel_path
 from ..registration import differentiable, memory_format, uses_tf32, with_strides_of
@@ -53,6 +54,11 @@ def _empty(x: Tensor, channels: int, size: Sequence[int], like: Sequence[Tensor]
     return torch.empty(
         (x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(*like)
     )
+
+
+def kernels_for(weight: Sequence[int], groups: int) -> Any:
+    """The kernel family that takes a weight of this shape: dense and grouped, or depthwise."""
+    return depthwise if depthwise.takes(weight, groups) else kernels
 
 
 def _tf32(x: Tensor) -> bool:
@@ -121,7 +127,8 @@ def _forward(
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).contiguous(memory_format=memory_format(x, weight))
     y = _empty_result(transposed, x, weight, output_size, groups)
-    launch = kernels.apply_transposed if transposed else kernels.apply
+    family = kernels_for(weight.shape, groups)
+    launch = family.apply_transposed if transposed else family.apply
     residual = None if residual is None else with_strides_of(y, residual)
     launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
     return y
@@ -160,7 +167,7 @@ def _conv_weight_grad(
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     weight = _empty_weight(x, y, kernel_size, groups)
     if kernel_path(x).name != ATEN:
-        kernels.weight_grad(x, y, weight, geometry, tf32=_tf32(x))
+        kernels_for(weight.shape, groups).weight_grad(x, y, weight, geometry, tf32=_tf32(x))
         return weight
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
     zero = [0] * len(kernel_size)
@@ -199,7 +206,8 @@ def _conv_transpose_concat(
     y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
     y[:, : skip.shape[1]].copy_(skip)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    kernels.apply_transposed(x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu=relu, tf32=_tf32(x))
+    launch = kernels_for(weight.shape, groups).apply_transposed
+    launch(x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu=relu, tf32=_tf32(x))
     return y
 
 

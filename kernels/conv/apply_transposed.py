@@ -3,24 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
+from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, residue_phase, rows_by_columns, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
-
-
-@triton.jit
-def _phase(index, PAD, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """One axis of a residue phase of X^T, with G = gcd(S, D).
-
-    Output pixels i = residue + S q are reached by the taps r = first + (S / G) j, j < taps, and by no others, from
-    the input pixels q + base - (D / G) j. Counting phases by `first` needs no modular inverse and puts the phases
-    with the most taps in front; index % G > 0 stands for the residues that no tap reaches.
-    """
-    first = index // G
-    rest = index % G
-    residue = ((first * D + rest - PAD) % S + S) % S
-    taps = tl.where((rest == 0) & (first < K), (K - first + S // G - 1) // (S // G), 0)
-    base = (residue + PAD - first * D) // S
-    return first, taps, residue, base
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -104,9 +88,9 @@ def conv_apply_transposed_kernel(
     phase = (pid_m // tiles_m).to(tl.int32)
     pid_m = pid_m % tiles_m
 
-    first_d, taps_d, residue_d, base_d = _phase(phase // (SH * SW), PAD_D, KD, SD, DD, GD)
-    first_h, taps_h, residue_h, base_h = _phase(phase // SW % SH, PAD_H, KH, SH, DH, GH)
-    first_w, taps_w, residue_w, base_w = _phase(phase % SW, PAD_W, KW, SW, DW, GW)
+    first_d, taps_d, residue_d, base_d = residue_phase(phase // (SH * SW), PAD_D, KD, SD, DD, GD)
+    first_h, taps_h, residue_h, base_h = residue_phase(phase // SW % SH, PAD_H, KH, SH, DH, GH)
+    first_w, taps_w, residue_w, base_w = residue_phase(phase % SW, PAD_W, KW, SW, DW, GW)
 
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, qd, qh, qw = unravel(pixel, QD, QH, QW, NDIM)

@@ -26,7 +26,7 @@ def conv_zones_kernel(
     bias_ptr,  # (out channels of all branches,)
     residual_ptr,  # as y
     y_ptr,  # (N, out channels of all branches, OD, OH, OW)
-    table_ptr,  # (ROWS, COLUMNS) int32, a row for each zone of each branch
+    table_ptr,  # (TABLE_ROWS, COLUMNS) int32, a row for each zone of each branch
     N,
     GROUPS,
     IN_UNITS,
@@ -41,7 +41,7 @@ def conv_zones_kernel(
     stride_yh,
     stride_yw,
     NDIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
@@ -67,7 +67,7 @@ def conv_zones_kernel(
     """
     C = IN_UNITS * IN_VEC
     pid = tl.program_id(0)
-    first_pids = tl.load(table_ptr + tl.arange(0, ROWS) * COLUMNS)
+    first_pids = tl.load(table_ptr + tl.arange(0, TABLE_ROWS) * COLUMNS)
     row_ptr = table_ptr + (tl.sum((first_pids <= pid).to(tl.int32)) - 1) * COLUMNS
     pid -= tl.load(row_ptr)
     branch_channel = tl.load(row_ptr + 1) * OUT_VEC

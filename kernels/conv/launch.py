@@ -163,7 +163,7 @@ def zones_plan(
     )
     names = set(conv_zones_kernel.arg_names) | {"num_warps", "num_stages"}
     constants = {name: value for name, value in constants.items() if name in names}
-    constants |= {"ROWS": len(table.rows), "TRANSPOSED": transposed}
+    constants |= {"TABLE_ROWS": len(table.rows), "TRANSPOSED": transposed}
     # A zone's rows have gaps between them, so along the pixels nothing is aligned.
     constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if not side.last}
     sizes = (y.shape[0], groups, access_x.channels // groups // in_vec, *access_x.strides, *access_y.strides)

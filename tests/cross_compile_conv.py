@@ -87,7 +87,7 @@ def cases(target: Target) -> Iterator[Case]:
     """Every launch of the layers, and the reduction."""
     for dtype in DTYPES:
         for layout in LAYOUTS:
-            device = Device(132, target.shared_memory)
+            device = Device(132, target.shared_memory, 16 if target.backend == "hip" else 8)
             pyramid = PYRAMID, pyramid_plan(dtype, layout == "channels_last", device)
             for name, plan in [*plans(dtype, layout == "channels_last", device), pyramid]:
                 signature, unit = launch_signature(plan, POINTER[dtype])

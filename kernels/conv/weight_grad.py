@@ -59,6 +59,7 @@ def conv_weight_grad_kernel(
     Y_VEC: tl.constexpr,
     W_CHANNELS_LAST: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SWAP: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,7 +73,8 @@ def conv_weight_grad_kernel(
     A tile's columns are channels b of one tap, and its sum runs over the pixels that this tap brings to an input pixel:
     a box of them, so no padding is multiplied. With FLATTEN columns are flat (tap, b) indices, for inputs with few
     channels, and the sum runs over all pixels. It is split over the launch grid's second axis, in blocks of BLOCK_K,
-    into as many partial results.
+    into as many partial results. With SWAP, for few channels a, the product is taken the other way round: matrix
+    instructions have no fewer than 16 rows, but 8 columns.
     """
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
@@ -116,7 +118,7 @@ def conv_weight_grad_kernel(
         OW = tl.maximum(OW, 1)
     split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=ACC)
     pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(0, split_steps):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
@@ -147,7 +149,10 @@ def conv_weight_grad_kernel(
             mask_x = mask_k[:, None] & mask_b[None, :]
             x_ptrs = x_ptr + (offs_x + offs_tap)[:, None] + offs_xc[None, :]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        acc = dot(tl.trans(y), x, acc, PRECISION, UPCAST)
+        rows = x if SWAP else y
+        acc = dot(tl.trans(rows), y if SWAP else x, acc, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
 
     offs_w = (split * GROUPS + group) * A + offs_a
     offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap

@@ -55,7 +55,8 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
         y = _layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
         yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
-        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
+        if not launch.is_better_flat(weight, geometry):  # else it is planned as a convolution, like the forward
+            yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
         yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, device)
 
 

@@ -56,7 +56,8 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
         y = dense_layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
         yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
-        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
+        if not launch.is_better_flat(weight, geometry):  # else it is planned as a convolution, like the forward
+            yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
         yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, device)
 
 
@@ -90,7 +91,7 @@ def cases(target: Target) -> Iterator[Case]:
     """Every launch of the layers, and the reduction."""
     for dtype in DTYPES:
         for layout in LAYOUTS:
-            device = Device(132, target.shared_memory)
+            device = Device(132, target.shared_memory, 16 if target.backend == "hip" else 8)
             pyramid = PYRAMID, pyramid_plan(dtype, layout == "channels_last", device)
             for name, plan in [*plans(dtype, layout == "channels_last", device), pyramid]:
                 signature, unit = launch_signature(plan, POINTER[dtype])

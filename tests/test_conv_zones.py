@@ -190,6 +190,16 @@ def test_every_direction(layer, dtype, channels_last, zones_always, device):
         assert_as_exact_as(*results, name)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="forces 64-bit pixel indices on the interpreted kernels")
+def test_64_bit_pixel_indices(monkeypatch, zones_always):
+    monkeypatch.setattr(launch, "_index_dtype", lambda pixels: launch.tl.int64)
+    layer = LAYERS["stride 3 of dilation 6"]
+    x, w = random_tensors(6, layer[1], (layer[2], 16, 3), dtype=torch.float64)
+    grad = torch.randn_like(reference(layer, x, w))
+    for result, expected in zip(run(layer, x, w, grad), wanted(layer, x, w, grad), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.smoke
 def test_forward_and_gradients_through_the_op(zones_always, device):
     """With bias, residual and ReLU, and a second derivative."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -299,9 +300,10 @@ def plan_weight_grad(
     either_way = dtype.itemsize == 2
     access_x = access.read(x, either_way and _in_order(kernel, geometry, x, y), b, a)
     access_y = access.read(y, either_way and (flatten or not padded), a, b)
+    columns = taps * b if flatten else b
+    swap = a <= device.matrix_columns < min(columns, 16)
     config = choose_config(
-        a,
-        taps * b if flatten else b,
+        *((columns, a) if swap else (a, columns)),
         pixels,
         dtype.itemsize,
         uses_tensor_cores(dtype, tf32),
@@ -309,6 +311,8 @@ def plan_weight_grad(
         device,
         device.multiprocessors,
     )
+    if swap:
+        config = replace(config, block_m=config.block_n, block_n=config.block_m)
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
@@ -317,7 +321,8 @@ def plan_weight_grad(
     constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
-        "PADDED": _padded(kernel, geometry, x, y),
+        "PADDED": padded,
+        "SWAP": swap,
         "INDEX": index_dtype(pixels),
     }
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
@@ -346,6 +351,24 @@ def _sizes(
         *access_y.strides,
         *three(geometry.padding, 0),
     )
+
+
+def is_better_flat(weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether X^T has so few channels to sum over that it runs as the convolution it is at stride 1.
+
+    That sums over flat (tap, channel) indices, where X^T would fill each tap's channels up to a block of 16.
+    """
+    few = weight[0] // geometry.groups < 16 and math.prod(weight[2:]) > 1
+    return few and max(geometry.stride) == 1
+
+
+def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
+    """Weight and geometry of the convolution that X^T is at stride 1: channels change sides, the taps run backward."""
+    sides = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
+    padding = tuple(
+        d * (k - 1) - p for k, p, d in zip(weight.shape[2:], geometry.padding, geometry.dilation, strict=True)
+    )
+    return sides.flip(*range(2, weight.dim())), geometry._replace(padding=padding)
 
 
 def _launch_forward(
@@ -416,7 +439,11 @@ def apply_transposed(
     Shapes: x (N, groups A, *in), weight (groups A, B, *kernel), bias (groups B,), y and residual (N, groups B, *out);
     residual has y's strides.
     """
-    _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
+    planner = plan_apply_transposed
+    if is_better_flat(weight.shape, geometry):
+        weight, geometry = as_convolution(weight, geometry)
+        planner = plan_apply
+    _launch_forward(planner, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
 def describe(
@@ -426,6 +453,9 @@ def describe(
     if y.numel() == 0:
         return ""
     planner = plan_apply_transposed if transposed else plan_apply
+    if transposed and is_better_flat(weight.shape, geometry):
+        weight, geometry = as_convolution(weight, geometry)
+        planner = plan_apply
     return planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 

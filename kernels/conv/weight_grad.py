@@ -62,6 +62,7 @@ def conv_weight_grad_kernel(
     W_CHANNELS_LAST: tl.constexpr,
     FLATTEN: tl.constexpr,
     PADDED: tl.constexpr,
+    SWAP: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,7 +76,8 @@ def conv_weight_grad_kernel(
     A tile's columns are channels b of one tap, and its sum runs over the pixels that this tap brings to an input pixel:
     a box of them, so no padding is multiplied. With FLATTEN columns are flat (tap, b) indices, for inputs with few
     channels, and the sum runs over all pixels; without PADDED no tap falls outside of x there. The sum is split over
-    the launch grid's second axis, in blocks of BLOCK_K, into as many partial results.
+    the launch grid's second axis, in blocks of BLOCK_K, into as many partial results. With SWAP, for few channels a,
+    the product is taken the other way round: matrix instructions have no fewer than 16 rows, but 8 columns.
     """
     X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
     Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
@@ -125,7 +127,7 @@ def conv_weight_grad_kernel(
         OW = tl.maximum(OW, 1)
     split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=ACC)
     pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(0, split_steps):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
@@ -152,7 +154,12 @@ def conv_weight_grad_kernel(
             mask_x = outer_and(mask_k, mask_b, X_LAST)
             x_ptrs = x_ptr + outer_sum(offs_x + offs_tap, offs_xc, X_LAST)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        acc = dot(tl.trans(rows_by_columns(y, Y_LAST)), rows_by_columns(x, X_LAST), acc, PRECISION, UPCAST)
+        x = rows_by_columns(x, X_LAST)
+        y = rows_by_columns(y, Y_LAST)
+        rows = x if SWAP else y
+        acc = dot(tl.trans(rows), y if SWAP else x, acc, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
 
     offs_w = (split * GROUPS + group) * A + offs_a
     offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap

@@ -6,17 +6,18 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """One of each: convolution with ReLU, transposed convolution, concat, "same" padding with an even kernel."""
+    """Convolution with ReLU, depthwise, transposed, concat, and "same" padding with an even kernel."""
 
     def __init__(self):
         super().__init__()
         self.down = fused.Conv2d(3, 8, 3, stride=2, padding=1, activation="relu")
         self.same = fused.Conv2d(8, 8, 2, padding="same")
+        self.depthwise = fused.Conv2d(8, 8, 3, padding=1, groups=8)
         self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
         self.out = fused.ConvTranspose2d(7, 2, 3, stride=2, padding=1, output_padding=1)
 
     def forward(self, x):
-        deep = self.same(self.down(x))
+        deep = self.depthwise(self.same(self.down(x)))
         return self.out(fused.conv_transpose2d_concat(deep, x, self.up.weight, self.up.bias, stride=2))
 
 

@@ -144,7 +144,7 @@ def layers(draw):
     return shape, draw(st.sampled_from([1, 1, 2, 3])), kernel, tuple(stride), tuple(padding), tuple(dilation)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(layers(), st.booleans())
 def test_random_layers(layer, channels_last):
     x, y, w, geometry = layer_tensors(layer, 4)

@@ -153,6 +153,9 @@ def zones_plan(
 ) -> Plan:
     """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
     in_vec, out_vec = constants["IN_VEC"], constants["OUT_VEC"]
+    if not access_y.last:
+        # Every pixel that is stored has an address of its own in registers, beside the zone's sizes: 128 columns spill.
+        constants = constants | {"BLOCK_N": min(constants["BLOCK_N"], 64)}
     table = zones.make_table(
         branches,
         y.shape[0],

@@ -17,6 +17,7 @@ LANES_ACROSS = (2, 8, 32, 128)
 LINE = 128  # bytes
 REGISTERS = 128  # of a thread's 255, for accumulators, weights and columns
 ACCUMULATORS = 64  # of a thread in the weight gradient
+GRADIENT_PRODUCTS = 256  # multiply-adds of a thread in one step of the weight gradient
 UNROLLED = 128  # multiply-adds of a thread in a loop's body
 WIDEST_WINDOW = 32  # output columns of a lane
 WINDOW_PRODUCTS = 256  # multiply-adds of a lane along W
@@ -101,8 +102,8 @@ def choose_config(
         across = -(-width // u)
         cols = _least_waste(across, [c for c in LANES_ACROSS if 2 * c * u * itemsize >= LINE or c >= across])
     rows = max(1, lanes * held // cols)
-    groups = -(-tap_rows // max(1, ACCUMULATORS // (taps * held)))
-    grouped = -(-tap_rows // groups) if window else 1
+    fitting = max(1, min(ACCUMULATORS // (taps * held), GRADIENT_PRODUCTS // (products * held)))
+    grouped = -(-tap_rows // -(-tap_rows // fitting)) if window else 1
     steps, most = repeats * tap_rows, max(1, UNROLLED // (products * held))
     unroll = max(n for n in range(1, min(steps, most) + 1) if steps % n == 0)
     return DepthwiseConfig(window, u, rows, cols, grouped, unroll, WARPS, 1)

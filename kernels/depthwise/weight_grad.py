@@ -1,5 +1,8 @@
 """The weight gradient of both depthwise convolution and its transpose."""
 
+# A static_range and arithmetic on constexpr are fine for Triton and wrong for a type checker.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 

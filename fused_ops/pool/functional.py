@@ -340,7 +340,7 @@ def max_unpool2d_with_offsets(
 
     Shapes: input and offsets (N, C, H, W) or (C, H, W), output (N, C, *output_size).
 
-    Errors: ValueError for offsets of another dtype or shape. An offset outside of its window or of the output is treated
+    Errors: ValueError for offsets of another dtype or shape. An offset outside of its window or the output is treated
     as `max_unpool2d` treats a wrong index: an error on the CPU, left out on a GPU.
     """
     return _from_offsets(2, input, offsets, output_size, kernel_size, stride, padding, dilation)

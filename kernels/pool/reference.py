@@ -38,7 +38,7 @@ def max_pool(x: Tensor, out: Sequence[int], windows: Windows) -> tuple[Tensor, T
 
 
 def indices_of_offsets(offsets: Tensor, size: Sequence[int], windows: Windows) -> Tensor:
-    """Pixels (int64, flat in `size`) from offsets in the window (uint8); -1 where that is outside of image or window."""
+    """Pixels (int64, flat in `size`) from offsets in the window (uint8); -1 for one outside of image or window."""
     flat, rest = torch.zeros_like(offsets, dtype=torch.int64), offsets.long()
     inside = offsets < math.prod(windows.kernel)
     scale = 1

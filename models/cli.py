@@ -19,6 +19,7 @@ from .options import DeviceOption, ResumeOption, console, find_device, given_set
 from .predict import predict_probability, read_image, save_prediction
 from .recurrent.bptt import show_bptt
 from .segmentation.commands import train_scenes
+from .segmentation.sliding_window import show_sliding_window
 from .segmentation.unet import Padding
 from .training.checkpoint import write_json
 from .training.config import Optimizer, SceneNetwork, SegmentationConfig
@@ -39,7 +40,7 @@ train_app.command("char-rnn")(train_char_rnn)
 for scene_network in get_args(SceneNetwork):
     train_app.command(scene_network)(train_scenes)
 app.command("sample")(sample_text)
-show_app = typer.Typer(no_args_is_help=True, help="Show one idea of recurrent networks in numbers.")
+show_app = typer.Typer(no_args_is_help=True, help="Show one idea of the networks in numbers.")
 app.add_typer(show_app, name="show")
 
 
@@ -162,6 +163,13 @@ def bptt(
     """Compare backpropagation through time by hand, by autograd, by differences, and truncated; plot the error of
     truncation against the chunk length."""
     show_bptt(out, console)
+
+
+@show_app.command("sliding-window")
+def sliding_window() -> None:
+    """Turn a classifier's dense layers into convolutions: one pass gives the scores of all windows, and saves most
+    multiply-adds."""
+    show_sliding_window(console)
 
 
 @app.command()

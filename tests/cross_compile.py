@@ -131,13 +131,18 @@ class Compilation:
         depends = (triton.__version__, TARGETS[target], self.source.hash(), sorted(self.options.items()))
         self.key = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
 
-    def run(self) -> Compiled:
+    def compile(self) -> Any:
+        """Triton's compiled kernel."""
         import triton
         from triton.backends.compiler import GPUTarget
 
-        case, (backend, arch, warp, *_) = self.case, TARGETS[self.target]
-        compiled = triton.compile(self.source, target=GPUTarget(backend, arch, warp), options=self.options)
-        registers, spills = _resource_usage(compiled, backend)
+        backend, arch, warp, *_ = TARGETS[self.target]
+        return triton.compile(self.source, target=GPUTarget(backend, arch, warp), options=self.options)
+
+    def run(self) -> Compiled:
+        """Compile, and read the report."""
+        case, compiled = self.case, self.compile()
+        registers, spills = _resource_usage(compiled, TARGETS[self.target].backend)
         blocks = [str(case.constants[name]) for name in BLOCKS if name in case.constants]
         return Compiled(
             self.target,

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..kernels.rnn.exchange import exchange_probe_kernel
 from ..models.training.checkpoint import atomic_path
 from . import report
-from .__main__ import RESULTS
+from .report import RESULTS
 from .timing import measure
 
 ROUNDS = 2000

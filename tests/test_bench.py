@@ -1,9 +1,11 @@
 """The benchmark's gate, floors and files, and its dry run on the CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from backstride import fused_ops
-from backstride.bench import bench_conv, bench_rnn, probe_rnn, report
+from backstride.bench import bench_conv, bench_networks, bench_rnn, probe_rnn, report
 from backstride.bench.__main__ import app
 from backstride.bench.case import BASELINE, GateError, Variant, run_case
 from backstride.bench.timing import Ceilings, Timing
@@ -59,6 +61,18 @@ def test_right_numbers_are_timed():
     assert result.timings.keys() == result.errors.keys() >= {BASELINE, Variant("ours", "channels_last")}
 
 
+def test_a_case_can_be_checked_on_less_data(monkeypatch):
+    """What is timed is the large one."""
+    large = dataclasses.replace(forward_case(), check=bench_conv.case(LAYER, "forward", torch.float32), theirs=None)
+    with pytest.raises(TypeError):
+        run_case(dataclasses.replace(large, check=None), "cpu")
+    assert run_case(large, "cpu").errors[BASELINE] < 1e-5
+    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, **k: 1.001 * torch.nn.functional.conv2d(*a, **k))
+    wrong = dataclasses.replace(large, check=bench_conv.case(LAYER, "forward", torch.float32))
+    with pytest.raises(GateError):
+        run_case(wrong, "cpu")
+
+
 def test_work_of_a_convolution_by_hand():
     # 2x3x6x7 -> 2x5x3x4 with 3x3 taps.
     case = bench_conv.case(LAYER, "forward", torch.float32)
@@ -75,6 +89,23 @@ def test_work_of_a_network_by_hand():
     assert case.flop == 2 * (4 * 2) * (3 * 5 + 5 * 5 + 5 * 5 + 5 * 5)
     training = bench_rnn.case(bench_rnn.Layer("network", 4, 2, 3, 5, layers=2), True, torch.float32)
     assert training.flop == 3 * case.flop
+
+
+def test_work_of_packed_sequences_by_hand():
+    """Lengths 8, 5 and 2."""
+    layer = bench_rnn.Layer("network", 8, 3, 3, 5, packed=True)
+    assert layer.batch_sizes.tolist() == [3, 3, 2, 2, 2, 1, 1, 1]
+    case = bench_rnn.case(layer, False, torch.float32)
+    assert case.flop == 2 * 15 * (3 * 5 + 5 * 5)
+    assert case.shapes[0] == (15, 3)
+
+
+def test_work_of_a_whole_network_by_hand():
+    """U-Net of width 4 and depth 1 on 8x8: forward, and twice as much backward, but no gradient by the image."""
+    network = bench_networks.NETWORKS[0].tiny()
+    first = 64 * 9 * 3 * 4
+    others = 64 * 9 * (4 * 4 + 8 * 4 + 4 * 4) + 16 * 9 * (4 * 8 + 8 * 8) + 16 * 8 * 4 * 4 + 64 * 4 * 2
+    assert bench_networks.flop(network) == 2 * (2 * first + 3 * others)
 
 
 def test_floor_of_an_up_convolution_by_hand():

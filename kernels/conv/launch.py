@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, Device, device_guard, device_of, three
+from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of, three
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from .config import ConvConfig, choose_config, choose_splits
@@ -34,15 +34,6 @@ class Layout(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-class Plan(NamedTuple):
-    """A launch without its pointers."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
@@ -289,17 +280,15 @@ def _launch_forward(
         return
     plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
     with device_guard(x):
-        plan.kernel[plan.grid](
+        plan.launch(
             x,
             pack_weight(weight),
             bias,
             residual,
             y,
-            *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             RELU=relu,
-            **plan.constants,
         )
 
 
@@ -365,14 +354,14 @@ def weight_grad(
     splits = plan.grid[1]
     with device_guard(x):
         if splits == 1:
-            plan.kernel[plan.grid](x, y, weight, *plan.sizes, **plan.constants)
+            plan.launch(x, y, weight)
             return
         partial = torch.empty(
             splits * weight.numel(),
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
             device=x.device,
         )
-        plan.kernel[plan.grid](x, y, partial, *plan.sizes, **plan.constants)
+        plan.launch(x, y, partial)
         reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
             partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
         )

@@ -101,27 +101,46 @@ def compare(old: File, new: File) -> None:
 
 
 @app.command()
+def tune(
+    op: Annotated[str, typer.Option(help="E.g. conv_transpose2d.")],
+    minutes: Annotated[float, typer.Option(help="Start no further case after this time.")] = 7.5,
+    out: Out = None,
+) -> None:
+    """Try launch configurations on the quick cases of one op, each checked on memory full of NaN and then timed.
+
+    Without a GPU: a few of them, checked in the interpreter on tiny cases. Exit status 1 if one that ships is wrong.
+    """
+    interpret()
+    from . import run
+
+    cases = [case for case in run.all_cases(True, tiny=not torch.cuda.is_available()) if case.op == op]
+    if not cases:
+        raise typer.BadParameter(f"no cases for {op!r}")
+    raise typer.Exit(0 if run.tuning_run(cases, minutes, out) else 1)
+
+
+@app.command()
 def host(rounds: Annotated[int, typer.Option(help="How often 200 calls are timed.")] = 25, out: Out = None) -> None:
     """Measure the host's time per call of each op, with the launch stubbed out; needs no GPU."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from . import host
+    from . import host, report
 
     rows = host.measure(rounds, 200)
     Console(width=120).print(host.table(rows))
     if out:
-        host.write(rows, out)
+        report.write_table(rows, out)
 
 
 @app.command()
 def cpu(seconds: Annotated[float, typer.Option(help="For each network.")] = 20, out: Out = None) -> None:
     """Compare training steps of small networks with ops="fused" and ops="torch" on the CPU."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from . import cpu, host
+    from . import cpu, report
 
     rows = cpu.measure(seconds)
     Console(width=120).print(cpu.table(rows))
     if out:
-        host.write(rows, out)
+        report.write_table(rows, out)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ tensors stand for the GPU's. Times are CPU times of the one thread, so that othe
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from triton.runtime import driver
 from .. import fused_ops
 from ..fused_ops import dispatch
 from ..kernels.runtime import H200, INTERPRETED
-from ..models.training.checkpoint import atomic_path
 from .report import commit
 from .timing import quantiles
 
@@ -111,7 +109,7 @@ def calls(device: str) -> dict[str, Pair]:
         ),
         "max_unpool2d_with_offsets": (
             lambda: ours.max_unpool2d_with_offsets(pooled, offsets, (8, 8), 2),
-            lambda: F.max_unpool2d(pooled, indices, 2),
+            lambda: F.max_unpool2d(pooled, indices, [2, 2]),
         ),
         "RNN": (lambda: ours_rnn(steps), lambda: torch_rnn(steps)),
     }
@@ -165,14 +163,6 @@ def measure(rounds: int, repeats: int) -> list[Row]:
             where = cpu_name(), torch.__version__, triton.__version__, commit()
             rows.append(Row(*where, op, *ours, theirs[0]))
     return rows
-
-
-def write(rows: list[Any], path: Path) -> None:
-    """One line for each row, a dataclass."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
 
 
 def table(rows: list[Row]) -> Table:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import math
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -126,7 +126,7 @@ def rows_of(case: Case, result: Result, ceilings: Ceilings, where: Environment) 
 
 def failed_row(case: Case, reason: str, ceilings: Ceilings, where: Environment) -> Row:
     """The row of a case that did not pass: without a time, so without a speed-up."""
-    timing = Timing(*[math.nan] * 4)
+    timing = Timing(math.nan, math.nan, math.nan, math.nan)
     return _row(case, Variant(OURS, "contiguous"), timing, {}, ceilings, where, math.nan, " ".join(reason.split()))
 
 
@@ -170,6 +170,14 @@ def write_rows(rows: list[Row], path: Path) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def write_table(rows: Sequence[Any], path: Path) -> None:
+    """A CSV file with one line for each row, all of one dataclass."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

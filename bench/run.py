@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench_conv, bench_networks, bench_pool, bench_rnn, report
+from . import bench_conv, bench_networks, bench_pool, bench_rnn, report, tune
 from .case import Case, run_case
 from .timing import GRAPH_BELOW, measure, measure_ceilings
 
@@ -117,3 +117,22 @@ def default_path(quick: bool, op: str | None) -> Path:
     """A name of its own for each GPU and choice of cases, so that a part never replaces the whole."""
     parts = [torch.cuda.get_device_name(), f"torch-{torch.__version__}", op or "all", "quick" if quick else "full"]
     return report.RESULTS / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)).lower() + ".csv")
+
+
+def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
+    """Try the candidates on each case and layout; False if a configuration that ships is wrong."""
+    started = time.monotonic()
+    gpu = torch.cuda.is_available()
+    rows: list[tune.Row] = []
+    for case, layout in [(each, layout) for each in cases for layout in tune.layouts(each)]:
+        if time.monotonic() - started > 60 * minutes:
+            console.print("[yellow]Out of time: the remaining cases were not tried.[/]")
+            break
+        measured = (lambda calls: measure(calls, QUICK_REPEATS, graph=False)) if gpu else None
+        configs = tune.candidates(case, tiny=not gpu)
+        new = tune.tune(case, "cuda" if gpu else "cpu", layout, configs, measured)
+        console.print(tune.table(new))
+        rows += new
+        if path:
+            report.write_table(rows, path)
+    return all(row.verdict == "right" for row in rows if row.config == tune.SHIPPED)

@@ -120,6 +120,27 @@ def tune(
 
 
 @app.command()
+def probe(
+    name: Annotated[str | None, typer.Argument(help="One probe. Default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: bench/results.")] = None,
+) -> None:
+    """Measure facts about this GPU and its libraries that decide designs. Without a GPU: what they are, and what the
+    installed Triton compiles."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from . import probe, report, run
+
+    known = [*probe.PROBES, probe.host_overhead.__name__]
+    if name not in (None, *known):
+        raise typer.BadParameter(f"no probe {name!r}; choose one of {', '.join(known)}")
+    run.console.print(probe.capabilities_table())
+    if not torch.cuda.is_available():
+        for each in (*probe.PROBES.values(), probe.host_overhead):
+            run.console.print(f"[bold]{each.__name__}[/]: {probe.question(each)}", highlight=False)
+        raise typer.BadParameter("the probes time a GPU, and torch finds none here")
+    run.probing_run(known if name is None else [name], out or report.RESULTS)
+
+
+@app.command()
 def host(rounds: Annotated[int, typer.Option(help="How often 200 calls are timed.")] = 25, out: Out = None) -> None:
     """Measure the host's time per call of each op, with the launch stubbed out; needs no GPU."""
     os.environ["TRITON_INTERPRET"] = "0"

@@ -64,8 +64,8 @@ def gpu_tables(files: list[tuple[str, list[Row]]]) -> list[str]:
         if rows:
             where = rows[-1]
             lines += [
-                f"Fastest baseline's time / ours on one {where.gpu} (driver {where.driver}, torch {where.torch}, "
-                f"Triton {where.triton}, commit {where.commit}): geometric mean, least and most "
+                f"Fastest baseline's time / ours on one {where.gpu} (driver {where.driver}, torch {where.torch},",
+                f"Triton {where.triton}, commit {where.commit}): geometric mean, least and most",
                 f"([results](bench/results/{name})).",
                 "",
             ]
@@ -87,7 +87,7 @@ def cpu_lines(folder: Path) -> list[str]:
     for path in sorted(folder.glob("host_overhead_*.csv")):
         rows = _read(path)
         lines += [
-            f"Host time of one forward call, everything up to the launch itself, on {rows[0]['cpu']} "
+            f"Host time of one forward call, everything up to the launch itself, on {rows[0]['cpu']}",
             f"([results](bench/results/{path.name}); goal: 30 µs):",
             "",
             "| op | ours, µs | torch's own on the CPU, its work included, µs |",

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench_conv, bench_networks, bench_pool, bench_rnn, report, tune
+from . import bench_conv, bench_networks, bench_pool, bench_rnn, probe, report, tune
 from .case import Case, run_case
 from .timing import GRAPH_BELOW, measure, measure_ceilings
 
 BENCHES = (bench_conv, bench_pool, bench_rnn, bench_networks)
 REPEATS = 100
 QUICK_REPEATS = 25
+PROBE_REPEATS = 15
 
 # Outside a terminal, where rich assumes 80 columns, the tables would lose half of their words.
 console = Console(width=None if sys.stdout.isatty() else 180)
@@ -116,7 +117,11 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
 def default_path(quick: bool, op: str | None) -> Path:
     """A name of its own for each GPU and choice of cases, so that a part never replaces the whole."""
     parts = [torch.cuda.get_device_name(), f"torch-{torch.__version__}", op or "all", "quick" if quick else "full"]
-    return report.RESULTS / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)).lower() + ".csv")
+    return report.RESULTS / f"{file_name('_'.join(parts))}.csv"
+
+
+def file_name(words: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", words).lower()
 
 
 def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
@@ -136,3 +141,20 @@ def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
         if path:
             report.write_table(rows, path)
     return all(row.verdict == "right" for row in rows if row.config == tune.SHIPPED)
+
+
+def probing_run(names: list[str], folder: Path) -> None:
+    """Measure these probes and write a CSV file for each."""
+    where = report.environment()
+    ceilings = measure_ceilings({torch.bfloat16, torch.float16, torch.float32}, QUICK_REPEATS)
+    for name in names:
+        if name == probe.host_overhead.__name__:
+            console.print(f"\n[bold]{probe.question(probe.host_overhead)}[/]")
+            rows = probe.host_overhead(where)
+        else:
+            console.print(f"\n[bold]{probe.question(probe.PROBES[name])}[/]")
+            rows = probe.run(
+                name, "cuda", False, where, ceilings, lambda calls: measure(calls, PROBE_REPEATS, graph=False)
+            )
+        console.print(probe.table(rows))
+        report.write_table(rows, folder / f"probe_{name}_{file_name(where.gpu)}.csv")

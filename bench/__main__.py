@@ -1,107 +1,167 @@
 """`python -m backstride.bench`: times on a GPU; without one, what was compiled and whether the numbers are right."""
 
 import os
-import re
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-if not torch.cuda.is_available():
-    # Triton reads this when it is imported, just below: the dry run is to check the kernels, not ATen against itself.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from . import bench_conv, bench_pool, bench_rnn, report  # noqa: E402
-from .case import Case, run_case  # noqa: E402
-from .timing import GRAPH_BELOW, measure, measure_ceilings  # noqa: E402
-
-RESULTS = Path(__file__).parent / "results"
-BENCHES = (bench_conv, bench_pool, bench_rnn)
-QUICK_SECONDS = 420  # after which --quick starts no further case: the rest of eight minutes is for the last one
-
-# Outside a terminal, where rich assumes 80 columns, the tables would lose half of their words.
-console = Console(width=None if sys.stdout.isatty() else 150)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Op = Annotated[str | None, typer.Option(help="Only this op, e.g. conv_transpose2d.")]
+Out = Annotated[Path | None, typer.Option(help="Results file (CSV) to write.")]
+File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A results file.")]
 
 
-def check(case: Case) -> bool:
-    """Compute the case once and say whether ours is right."""
-    try:
-        result = run_case(case, "cpu")
-    except Exception as error:  # one broken case must not hide the others
-        console.print(f"[red]WRONG[/] {escape(f'{case}: {type(error).__name__}: {error}')}", soft_wrap=True)
-        return False
-    errors = ", ".join(f"{v.name} {v.layout} {error:.1e}" for v, error in result.errors.items())
-    console.print(f"right {escape(f'{case}: {errors}')}", highlight=False, soft_wrap=True)
-    return True
+def interpret() -> None:
+    """Without a GPU, have the kernels interpreted: a check is to be of them, not of ATen against itself. Triton reads
+    this when it is imported, so the modules that use it are imported after."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
-def dry_run(selected: list[Case]) -> bool:
-    console.print("[bold]No CUDA GPU here: no GPU was measured, and no results file is written.[/]\n")
-    for path in sorted(RESULTS.glob("cross_compile_triton-*.csv")):
-        console.print(report.compiled_table(path))
-    console.print("\nEvery case once, tiny, on the CPU with interpreted kernels; errors against fp64:")
-    right = sum([check(case) for case in selected])
-    console.print(f"\n{right} of {len(selected)} cases are right. Nothing was timed.")
-    return right == len(selected)
-
-
-def timed_run(selected: list[Case], quick: bool, path: Path) -> bool:
-    torch.backends.cudnn.benchmark = True  # the baselines at their best
-    repeats = 25 if quick else 100
-    started = time.monotonic()
-    where = report.environment()
-    ceilings = measure_ceilings({case.dtype for case in selected}, repeats)
-    rows: list[report.Row] = []
-    wrong = 0
-    for done, case in enumerate(selected):
-        if quick and time.monotonic() - started > QUICK_SECONDS:
-            console.print(f"[yellow]Out of time: the last {len(selected) - done} cases were not measured.[/]")
-            break
-        graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
-        try:
-            result = run_case(case, "cuda", lambda calls, graph=graph: measure(calls, repeats, graph), not quick)
-        except Exception as error:  # a case that is wrong or does not fit must not cost the others their times
-            console.print(f"[red]NOT TIMED[/] {escape(f'{case}: {type(error).__name__}: {error}')}")
-            wrong += 1
-            continue
-        rows += report.rows_of(case, result, ceilings, where)
-        report.write_rows(rows, path)
-        console.print(f"{done + 1}/{len(selected)} {escape(str(case))}", highlight=False)
-    console.print(report.results_table(rows))
-    console.print(f"{len(rows)} rows in {path}; {wrong} cases failed")
-    return wrong == 0
-
-
-def default_path(quick: bool, op: str | None) -> Path:
-    """A name of its own for each GPU and choice of cases, so that a part never replaces the whole."""
-    parts = [torch.cuda.get_device_name(), f"torch-{torch.__version__}", op or "all", "quick" if quick else "full"]
-    return RESULTS / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)).lower() + ".csv")
-
-
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
-    op: Annotated[str | None, typer.Option(help="Only this op, e.g. conv_transpose2d.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A third of the layers, bf16, no torch.compile.")] = False,
+    context: typer.Context,
+    op: Op = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Some of the shapes, bf16, no torch.compile.")] = False,
+    skip_compile: Annotated[bool, typer.Option("--skip-compile", help="Without torch.compile, which is slow.")] = False,
+    minutes: Annotated[float, typer.Option(help="Start no further case after this time.")] = 7.5,
     out: Annotated[Path | None, typer.Option(help="Results file (CSV). Default: one in bench/results.")] = None,
 ) -> None:
     """Time every op against torch on a CUDA GPU, each case after a check of its numbers.
 
-    Without a GPU: show what the kernels compile to and check every case once on the CPU. Exit status 1 if a case
-    is wrong.
+    The same command again goes on where the time was up. Without a GPU: show what the kernels compile to and check
+    every case once on the CPU. Exit status 1 if a case is wrong.
     """
+    if context.invoked_subcommand is not None:
+        return
+    interpret()
+    from . import run
+
     gpu = torch.cuda.is_available()
-    every = [case for bench in BENCHES for case in bench.cases(quick, tiny=not gpu)]
+    every = run.all_cases(quick, tiny=not gpu)
     selected = [case for case in every if op in (None, case.op)]
     if not selected:
         raise typer.BadParameter(f"no cases for {op!r}; choose one of {', '.join(sorted({c.op for c in every}))}")
-    right = timed_run(selected, quick, out or default_path(quick, op)) if gpu else dry_run(selected)
+    if gpu:
+        path = out or run.default_path(quick, op)
+        right = run.timed_run(selected, quick, not quick and not skip_compile, minutes, path)
+    else:
+        right = run.dry_run(selected)
     raise typer.Exit(0 if right else 1)
+
+
+@app.command()
+def model(
+    op: Op = None, quick: Annotated[bool, typer.Option("--quick", help="Some of the shapes, bf16.")] = False
+) -> None:
+    """Show each case's operations, bytes and floor, beside its times where a results file holds them."""
+    interpret()
+    from . import report, run
+    from .model import model_table
+
+    rows = [row for path in report.results_files(report.RESULTS) for row in report.read_rows(path)]
+    cases = [case for case in run.all_cases(quick, tiny=False) if op in (None, case.op)]
+    run.console.print(model_table(cases, rows))
+
+
+@app.command()
+def plot(
+    file: File, out: Annotated[Path | None, typer.Option(help="Folder. Default: the results file's.")] = None
+) -> None:
+    """Draw a results file: speed-up over each baseline, and per cent of the floor."""
+    interpret()
+    from . import plot, report
+
+    for path in plot.draw(report.read_rows(file), out or file.parent, file.stem):
+        typer.echo(path)
+
+
+@app.command()
+def readme() -> None:
+    """Write README's figures from the committed results."""
+    interpret()
+    from . import readme, report
+
+    path = report.RESULTS.parents[1] / "README.md"
+    if not path.exists():
+        raise typer.BadParameter(f"{path} does not exist: run this in a checkout")
+    typer.echo(f"{path} {'changed' if readme.write(path, report.RESULTS) else 'is as the results say'}")
+
+
+@app.command()
+def compare(old: File, new: File) -> None:
+    """Show what is slower in NEW than in OLD, by more than the spread of both."""
+    interpret()
+    from . import report, run
+
+    run.console.print(report.slower_table(report.read_rows(old), report.read_rows(new)))
+
+
+@app.command()
+def tune(
+    op: Annotated[str, typer.Option(help="E.g. conv_transpose2d.")],
+    minutes: Annotated[float, typer.Option(help="Start no further case after this time.")] = 7.5,
+    out: Out = None,
+) -> None:
+    """Try launch configurations on the quick cases of one op, each checked on memory full of NaN and then timed.
+
+    Without a GPU: a few of them, checked in the interpreter on tiny cases. Exit status 1 if one that ships is wrong.
+    """
+    interpret()
+    from . import run
+
+    cases = [case for case in run.all_cases(True, tiny=not torch.cuda.is_available()) if case.op == op]
+    if not cases:
+        raise typer.BadParameter(f"no cases for {op!r}")
+    raise typer.Exit(0 if run.tuning_run(cases, minutes, out) else 1)
+
+
+@app.command()
+def probe(
+    name: Annotated[str | None, typer.Argument(help="One probe. Default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: bench/results.")] = None,
+) -> None:
+    """Measure facts about this GPU and its libraries that decide designs. Without a GPU: what they are, and what the
+    installed Triton compiles."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from . import probe, report, run
+
+    known = [*probe.PROBES, probe.host_overhead.__name__]
+    if name not in (None, *known):
+        raise typer.BadParameter(f"no probe {name!r}; choose one of {', '.join(known)}")
+    run.console.print(probe.capabilities_table())
+    if not torch.cuda.is_available():
+        for each in (*probe.PROBES.values(), probe.host_overhead):
+            run.console.print(f"[bold]{each.__name__}[/]: {probe.question(each)}", highlight=False)
+        raise typer.BadParameter("the probes time a GPU, and torch finds none here")
+    run.probing_run(known if name is None else [name], out or report.RESULTS)
+
+
+@app.command()
+def host(rounds: Annotated[int, typer.Option(help="How often 200 calls are timed.")] = 25, out: Out = None) -> None:
+    """Measure the host's time per call of each op, with the launch stubbed out; needs no GPU."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from . import host, report
+
+    rows = host.measure(rounds, 200)
+    Console(width=120).print(host.table(rows))
+    if out:
+        report.write_table(rows, out)
+
+
+@app.command()
+def cpu(seconds: Annotated[float, typer.Option(help="For each network.")] = 20, out: Out = None) -> None:
+    """Compare training steps of small networks with ops="fused" and ops="torch" on the CPU."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from . import cpu, report
+
+    rows = cpu.measure(seconds)
+    Console(width=120).print(cpu.table(rows))
+    if out:
+        report.write_table(rows, out)
 
 
 if __name__ == "__main__":

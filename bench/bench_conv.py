@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import fused_ops
 from ..fused_ops.conv import ops
-from .case import Call, Case
+from .case import Call, Case, Compiled
 
 CONCAT = "conv_transpose2d_concat"
 
@@ -39,6 +39,16 @@ class Layer:
     @property
     def op(self) -> str:
         return CONCAT if self.skip else f"conv{'_transpose' if self.transposed else ''}{len(self.size)}d"
+
+    @property
+    def regime(self) -> str:
+        if self.skip:
+            return "up-convolution into the concatenation"
+        if self.groups > 1:
+            return f"{'transposed ' if self.transposed else ''}convolution, depthwise"
+        if self.transposed:
+            return f"transposed convolution, kernel {'=' if self.kernel == self.stride else '>'} stride"
+        return "convolution, dilated" if self.dilation > 1 else "convolution, dense"
 
     @property
     def out_size(self) -> tuple[int, ...]:
@@ -85,23 +95,28 @@ class Layer:
 
 Up = partial(Layer, transposed=True)
 
-# Sizes as in the papers or the networks' code; 513-pixel crops for the ASPP rows (33: output stride 16, 65: 8).
+# Sizes as in the papers or the networks' code; "valid" is U-Net as published, on 572x572; ASPP on crops of 513 pixels
+# (33: output stride 16, 65: 8).
 LAYERS = [
     Layer("FCN fc6", 1, 512, 4096, (22, 22), 7, quick=True),
     Up("FCN upscore2", 1, 21, 21, (16, 16), 4, 2),
-    Up("FCN-8s upscore8, batch 16", 16, 21, 21, (70, 70), 16, 8, quick=True),
+    Up("FCN upscore_pool4", 1, 21, 21, (34, 34), 4, 2),
+    Up("FCN-8s upscore8", 1, 21, 21, (70, 70), 16, 8),
     Up("FCN-32s upscore32", 1, 21, 21, (16, 16), 64, 32),
+    Up("FCN-8s upscore8, batch 16, depthwise", 16, 21, 21, (70, 70), 16, 8, groups=21),
+    Up("FCN-8s upscore8, batch 16", 16, 21, 21, (70, 70), 16, 8, quick=True),
     Up("bilinear x2, depthwise", 16, 256, 256, (64, 64), 4, 2, 1, groups=256),
     Up("U-Net up 1024, valid", 1, 1024, 512, (28, 28), 2, 2, quick=True),
+    Up("U-Net up 512, valid", 1, 512, 256, (52, 52), 2, 2),
+    Up("U-Net up 256, valid", 1, 256, 128, (100, 100), 2, 2),
     Up("U-Net up 128, valid", 1, 128, 64, (196, 196), 2, 2),
     Up("U-Net up 1024, batch 16", 16, 1024, 512, (32, 32), 2, 2),
+    Up("U-Net up 512, batch 16", 16, 512, 256, (64, 64), 2, 2),
+    Up("U-Net up 256, batch 16", 16, 256, 128, (128, 128), 2, 2),
     Up("U-Net up 128, batch 16", 16, 128, 64, (256, 256), 2, 2, quick=True),
     Layer("U-Net decoder 1024, valid", 1, 1024, 512, (56, 56), 3),
-    Layer("U-Net encoder 64, valid", 1, 64, 64, (570, 570), 3, quick=True),
     Layer("U-Net decoder 128, batch 16", 16, 128, 64, (512, 512), 3, 1, 1),
-    Up("U-Net up 1024 + skip, batch 16", 16, 1024, 512, (32, 32), 2, 2, skip=512),
-    Up("U-Net up 128 + skip, valid", 1, 128, 64, (196, 196), 2, 2, skip=64),
-    Up("U-Net up 128 + skip, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, quick=True),
+    Layer("U-Net encoder 64, valid", 1, 64, 64, (570, 570), 3, quick=True),
     Up("k3 s2 up 512", 1, 512, 256, (128, 128), 3, 2, 1, output_padding=1),
     Up("DCGAN 512", 64, 512, 256, (8, 8), 4, 2, 1, quick=True),
     Up("DCGAN 128", 64, 128, 64, (32, 32), 4, 2, 1),
@@ -112,18 +127,33 @@ LAYERS = [
     Layer("DilatedNet context, large", 1, 168, 336, (96, 96), 3, 1, 16, 16),
     Layer("DeepLab-LargeFOV fc6", 8, 512, 1024, (41, 41), 3, 1, 12, 12),
     Layer("DeepLabv2 ASPP d24", 8, 2048, 21, (41, 41), 3, 1, 24, 24),
+    Layer("DeepLabv3 ASPP d6", 8, 2048, 256, (33, 33), 3, 1, 6, 6),
     Layer("DeepLabv3 ASPP d12", 8, 2048, 256, (33, 33), 3, 1, 12, 12, quick=True),
+    Layer("DeepLabv3 ASPP d18", 8, 2048, 256, (33, 33), 3, 1, 18, 18),
     Layer("DeepLabv3 ASPP d36", 8, 2048, 256, (65, 65), 3, 1, 36, 36),
-    Layer("DeepLabv3+ ASPP d12, depthwise", 8, 2048, 2048, (33, 33), 3, 1, 12, 12, groups=2048),
+    Layer("ResNet-101 layer 3, d2", 8, 256, 256, (65, 65), 3, 1, 2, 2),
+    Layer("ResNet-101 layer 4, d4", 8, 512, 512, (65, 65), 3, 1, 4, 4),
+    Layer("DeepLabv3+ ASPP d12, depthwise", 8, 2048, 2048, (33, 33), 3, 1, 12, 12, groups=2048, quick=True),
+    Layer("DeepLabv3+ Xception d2, depthwise", 8, 728, 728, (33, 33), 3, 1, 2, 2, groups=728),
+    Layer("DeepLabv3+ decoder, depthwise", 8, 304, 304, (129, 129), 3, 1, 1, groups=304),
     Layer("DeepLabv3+ decoder 1x1", 8, 304, 256, (129, 129), 1),
     Layer("PSPNet head", 8, 4096, 512, (60, 60), 3, 1, 1),
     Layer("ICNet sub1, stride 2", 1, 3, 32, (1024, 2048), 3, 2, 1),
+    Layer("ICNet fusion d2", 1, 256, 128, (128, 256), 3, 1, 2, 2),
+    Layer("ICNet layer 4, d4", 1, 256, 256, (32, 64), 3, 1, 4, 4),
     Up("HiFi-GAN up 512", 16, 512, 256, (32,), 16, 8, 4, quick=True),
     Up("HiFi-GAN up 64", 16, 64, 32, (4096,), 4, 2, 1),
     Layer("HiFi-GAN residual k11 d5", 16, 64, 64, (8192,), 11, 1, 25, 5, quick=True),
+    Up("Oobleck up 1024", 1, 1024, 512, (2048,), 12, 6, 3),
+    Layer("short convolution k4, depthwise", 1, 12288, 12288, (16387,), 4, groups=12288),
     Up("nnU-Net up 320", 2, 320, 256, (8, 8, 8), 2, 2),
     Up("nnU-Net up 128", 2, 128, 64, (32, 32, 32), 2, 2, quick=True),
+    Up("nnU-Net up 64", 2, 64, 32, (64, 64, 64), 2, 2),
+    Layer("ASPP d6 in 3-D", 1, 256, 256, (8, 16, 16), 3, 1, 6, 6),
     Layer("nnU-Net decoder 64", 2, 64, 32, (128, 128, 128), 3, 1, 1),
+    Up("U-Net up 1024 + skip, batch 16", 16, 1024, 512, (32, 32), 2, 2, skip=512),
+    Up("U-Net up 128 + skip, valid", 1, 128, 64, (196, 196), 2, 2, skip=64),
+    Up("U-Net up 128 + skip, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, quick=True),
 ]
 
 
@@ -194,7 +224,17 @@ def case(layer: Layer, direction: str, dtype: torch.dtype) -> Case:
     geometry = f"k{layer.kernel} s{layer.stride} p{layer.padding} d{layer.dilation} g{layer.groups}"
     work = flop(layer), byte_count(layer, dtype), reduction(layer, direction)
     return Case(
-        layer.op, layer.name, f"{x} -> {y} {geometry}", direction, dtype, shapes, *work, ours=ours, theirs=theirs
+        layer.op,
+        layer.regime,
+        layer.name,
+        f"{x} -> {y} {geometry}",
+        direction,
+        dtype,
+        shapes,
+        *work,
+        ours=ours,
+        theirs=theirs,
+        compiled=Compiled(theirs),
     )
 
 

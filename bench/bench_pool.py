@@ -42,11 +42,17 @@ class Layer:
 
 LAYERS = [
     Layer("SegNet pool 1, CamVid", 4, 64, (360, 480), quick=True),
-    Layer("SegNet pool 4, CamVid", 4, 512, (45, 60)),
+    Layer("SegNet pool 2, CamVid", 4, 128, (180, 240)),
+    Layer("SegNet pool 3, CamVid", 4, 256, (90, 120)),
+    Layer("SegNet pool 4, CamVid", 4, 512, (45, 60), quick=True),
+    Layer("SegNet pool 5, CamVid", 4, 512, (22, 30)),
     Layer("U-Net pool 1, batch 16", 16, 64, (512, 512), quick=True),
+    Layer("ENet downsampling 1", 8, 16, (256, 512)),
+    Layer("ENet downsampling 2", 8, 64, (128, 256)),
     Layer("64 channels, 1024x2048", 1, 64, (1024, 2048)),
-    Layer("ResNet 3x3 s2", 16, 64, (256, 256), 3, 2, 1, quick=True),
-    Layer("nnU-Net 3-D", 2, 32, (128, 128, 128)),
+    Layer("DeconvNet pool 1, batch 16", 16, 64, (224, 224)),
+    Layer("3-D SegNet", 2, 64, (64, 64, 64), quick=True),
+    Layer("ResNet 3x3 s2", 32, 64, (112, 112), 3, 2, 1, quick=True),
 ]
 
 
@@ -68,6 +74,7 @@ def pool_case(layer: Layer, dtype: torch.dtype) -> Case:
     theirs = getattr(F, f"max_pool{axes}d")
     return Case(
         f"max_pool{axes}d_with_offsets",
+        "max-pooling with places",
         layer.name,
         f"{'x'.join(map(str, layer.x))} k{layer.kernel} s{layer.stride} p{layer.padding}",
         "forward",
@@ -78,7 +85,6 @@ def pool_case(layer: Layer, dtype: torch.dtype) -> Case:
         reduction=1,
         ours=lambda x: ours(x, *windows)[0],
         theirs=lambda x: theirs(x, *windows, return_indices=True)[0],
-        compilable=False,
     )
 
 
@@ -98,6 +104,7 @@ def round_trip_case(layer: Layer, dtype: torch.dtype) -> Case:
 
     return Case(
         f"max_unpool{axes}d_with_offsets",
+        "max-pooling and unpooling",
         layer.name,
         f"{'x'.join(map(str, layer.x))} k{layer.kernel} s{layer.stride} p{layer.padding}",
         "pool and unpool",
@@ -108,5 +115,4 @@ def round_trip_case(layer: Layer, dtype: torch.dtype) -> Case:
         reduction=1,
         ours=ours,
         theirs=theirs,
-        compilable=False,
     )

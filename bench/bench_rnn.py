@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .. import fused_ops
-from .case import Call, Case
+from .case import Case
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A network: T steps of B sequences, I inputs, H hidden units."""
+    """A network: T steps of B sequences, I inputs, H hidden units. `packed`: lengths from T / 4 to T."""
 
     name: str
     steps: int
@@ -22,6 +23,7 @@ class Layer:
     hidden: int
     layers: int = 1
     directions: int = 1
+    packed: bool = False
     quick: bool = False  # also timed under --quick
 
     def tiny(self) -> Layer:
@@ -42,41 +44,79 @@ class Layer:
             ] * self.directions
         return shapes
 
+    @property
+    def batch_sizes(self) -> Tensor:
+        """Sequences that are still going on at each step."""
+        if not self.packed:
+            return torch.full((self.steps,), self.batch)
+        lengths = torch.linspace(self.steps, max(self.steps // 4, 1), self.batch).long()
+        return (lengths > torch.arange(self.steps)[:, None]).sum(1)
 
-# char-rnn and torch-rnn's defaults, PyTorch's word language model, KernelBench level 3 no. 33, FlashRNN's size,
-# DeepBench's training sizes; between them, a grid over what decides cuDNN's algorithm.
-LAYERS = [
+    @property
+    def rows(self) -> int:
+        """Steps of all sequences together."""
+        return int(self.batch_sizes.sum())
+
+    @property
+    def regime(self) -> str:
+        if self.packed or self.directions == 2 or self.layers > 1:
+            return "vanilla RNN, several layers, both directions or packed"
+        return f"vanilla RNN, H {'≤ 256' if self.hidden <= 256 else '≤ 1024' if self.hidden <= 1024 else '> 1024'}"
+
+
+# char-rnn, torch-rnn, PyTorch's word language model, AWD-LSTM's sizes, KernelBench level 3 no. 33, TorchRL's and
+# FlashRNN's sizes; what cuDNN's fast paths leave out; DeepBench's training and device sizes.
+NAMED = [
     Layer("char-rnn, 2 layers", 50, 50, 65, 128, layers=2, quick=True),
+    Layer("torch-rnn, 2 layers", 50, 50, 64, 128, layers=2),
     Layer("word language model, 2 layers", 35, 20, 200, 200, layers=2),
+    Layer("AWD", 70, 80, 400, 1150),
     Layer("KernelBench", 256, 8, 1024, 256, quick=True),
+    Layer("TorchRL", 128, 256, 32, 512),
     Layer("FlashRNN's size", 1024, 16, 768, 768),
-    Layer("DeepBench 1760", 50, 16, 1760, 1760, quick=True),
-    Layer("DeepBench 2560", 50, 64, 2560, 2560),
-    Layer("128, batch 64", 512, 64, 128, 128, quick=True),
-    Layer("256, batch 64", 512, 64, 256, 256),
-    Layer("384, batch 64", 512, 64, 384, 384),
-    Layer("512, batch 1", 512, 1, 512, 512),
-    Layer("512, batch 64", 512, 64, 512, 512, quick=True),
-    Layer("512, both directions", 512, 64, 512, 512, directions=2),
-    Layer("1024, batch 16", 512, 16, 1024, 1024),
-    Layer("1024, batch 64", 512, 64, 1024, 1024, quick=True),
-    Layer("1024, batch 256", 128, 256, 1024, 1024),
-    Layer("1000, batch 50: odd sizes", 512, 50, 65, 1000),
+    Layer("512, both directions", 512, 64, 512, 512, directions=2, quick=True),
+    Layer("512, 2 layers", 512, 64, 512, 512, layers=2),
+    Layer("256, packed", 512, 64, 256, 256, packed=True),
+    Layer("512, packed", 512, 64, 512, 512, packed=True, quick=True),
+    Layer("512, both directions, packed", 512, 64, 512, 512, directions=2, packed=True),
+    Layer("200, batch 50: odd sizes", 512, 50, 65, 200),
+    Layer("1000, batch 50: odd sizes", 512, 50, 65, 1000, quick=True),
+    *(
+        Layer(f"DeepBench {hidden}, batch {batch}", 50, batch, hidden, hidden, quick=(hidden, batch) == (1760, 16))
+        for hidden in (1760, 2048, 2560)
+        for batch in (16, 32, 64, 128)
+    ),
+    Layer("DeepBench device, 32", 672, 1, 32, 32),
+    Layer("DeepBench device, 64", 96, 1, 64, 64),
 ]
+# What decides cuDNN's algorithm: hidden units, batch and dtype. The number of steps matters at one batch only.
+GRID = [
+    Layer(f"{hidden}, batch {batch}, {steps} steps", steps, batch, hidden, hidden, quick=steps == 512 and batch == 64)
+    for hidden in (128, 256, 384, 512, 768, 1024)
+    for batch, steps in (
+        *((batch, 512) for batch in (1, 16, 32, 64, 128, 256)),
+        *((64, steps) for steps in (50, 128, 1024)),
+    )
+]
+LAYERS = NAMED + GRID
 
 
 class Torch:
-    """torch.nn.RNN with given weights; `flat`: in the one buffer that spares cuDNN a copy in every call."""
+    """torch.nn.RNN with given weights. `flat`: in the one buffer that spares cuDNN a copy in every call. `loop`: by
+    torch's own loop over the steps, without cuDNN."""
 
-    def __init__(self, layer: Layer, flat: bool, train: bool) -> None:
-        self.layer, self.flat, self.train = layer, flat, train
+    def __init__(self, layer: Layer, train: bool, flat: bool = True, loop: bool = False) -> None:
+        self.layer, self.flat, self.loop, self.train = layer, flat, loop, train
         self.modules: dict[torch.dtype, nn.RNN] = {}
 
     def __call__(self, x: Tensor, hx: Tensor, *params: Tensor) -> Tensor:
         if x.dtype not in self.modules:
             self.modules[x.dtype] = self.build(params)
         module = self.modules[x.dtype]
-        return run(module, x, hx, module.parameters(), self.train)
+        if not self.loop:
+            return run(self.layer, module, x, hx, self.train)
+        with torch.backends.cudnn.flags(enabled=False):
+            return run(self.layer, module, x, hx, self.train)
 
     def build(self, params: tuple[Tensor, ...]) -> nn.RNN:
         layer = self.layer
@@ -118,7 +158,7 @@ class Ours:
             with torch.no_grad():
                 for mine, given in zip(self.module.parameters(), params, strict=True):
                     mine.copy_(scaled(given, layer))
-        return run(self.module, x, hx, self.module.parameters(), self.train)
+        return run(self.layer, self.module, x, hx, self.train)
 
 
 def scaled(weight: Tensor, layer: Layer) -> Tensor:
@@ -126,44 +166,53 @@ def scaled(weight: Tensor, layer: Layer) -> Tensor:
     return weight / (3 * layer.hidden) ** 0.5
 
 
-def run(module, x: Tensor, hx: Tensor, params, train: bool) -> Tensor:
+def run(layer: Layer, module: nn.RNNBase, x: Tensor, hx: Tensor, train: bool) -> Tensor:
     """The outputs, or after a backward the gradient of the first layer's recurrent weights, which sums over all."""
+    input = PackedSequence(x, layer.batch_sizes) if layer.packed else x
+    with torch.set_grad_enabled(train):
+        output = module(input, hx)[0]
+        output = output.data if isinstance(output, PackedSequence) else output
     if not train:
-        with torch.no_grad():
-            return module(x, hx)[0]
-    output, _ = module(x, hx)
-    return torch.autograd.grad(output, list(params), torch.ones_like(output))[1]
+        return output
+    return torch.autograd.grad(output, list(module.parameters()), torch.ones_like(output))[1]
 
 
 def case(layer: Layer, train: bool, dtype: torch.dtype) -> Case:
-    x, hx = (layer.steps, layer.batch, layer.inputs), (layer.layers * layer.directions, layer.batch, layer.hidden)
-    y = layer.steps * layer.batch * layer.hidden * layer.directions
+    rows = layer.rows
+    x = (rows, layer.inputs) if layer.packed else (layer.steps, layer.batch, layer.inputs)
+    hx = (layer.layers * layer.directions, layer.batch, layer.hidden)
     products = sum(a * b[0] for a, *b in layer.weights if b)
-    numbers = layer.steps * layer.batch * layer.inputs + sum(a * (b[0] if b else 1) for a, *b in layer.weights) + y
+    parameters = sum(a * (b[0] if b else 1) for a, *b in layer.weights)
+    numbers = rows * layer.inputs + parameters + rows * layer.hidden * layer.directions
     # Backward: the gradients by inputs and weights are as much work each, and read the outputs again.
     passes = 3 if train else 1
-    theirs: Call = Torch(layer, flat=True, train=train)
+    packed = " packed" if layer.packed else ""
     return Case(
         "rnn_tanh",
+        layer.regime,
         layer.name,
-        f"T{layer.steps} B{layer.batch} I{layer.inputs} H{layer.hidden} L{layer.layers} D{layer.directions}",
+        f"T{layer.steps} B{layer.batch} I{layer.inputs} H{layer.hidden} L{layer.layers} D{layer.directions}{packed}",
         "forward and backward" if train else "forward",
         dtype,
         (x, hx, *layer.weights),
-        flop=2 * layer.steps * layer.batch * products * passes,
+        flop=2 * rows * products * passes,
         bytes=dtype.itemsize * numbers * passes,
-        reduction=layer.steps * layer.batch if train else 1,
+        reduction=rows if train else 1,
         ours=Ours(layer, train),
-        theirs=theirs,
-        rivals={"torch, weights apart": Torch(layer, flat=False, train=train)},
-        compilable=False,
+        theirs=Torch(layer, train),
+        rivals={
+            "torch, weights apart": Torch(layer, train, flat=False),
+            "torch, step by step": Torch(layer, train, loop=True),
+        },
     )
 
 
 def cases(quick: bool, tiny: bool) -> list[Case]:
-    """Every network, forward and in training, in bf16, fp16 and fp32; `quick`: a third of them, in bf16 only."""
-    layers = [layer for layer in LAYERS if layer.quick or not quick]
-    dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32]
+    """Every network, forward and in training, in bf16, fp32 and fp16; `quick`: some of them, in bf16 only; `tiny`: one
+    of each kind, the grid being all of one."""
+    every = NAMED if tiny else LAYERS
+    layers = [layer for layer in every if layer.quick or not quick]
+    dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32, torch.float16]
     return [
         case(layer.tiny() if tiny else layer, train, dtype)
         for dtype in ([torch.float32] if tiny else dtypes)

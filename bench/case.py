@@ -22,10 +22,11 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Case:
     """A computation on random tensors by this package's op (`ours`) and by torch (`theirs`), same arguments.
 
-    Each bench_<op>.py has a function `cases(quick)` that returns them.
+    Each bench_<op>.py has a function `cases(quick, tiny)` that returns them.
     """
 
     op: str
+    regime: str  # the row of README's table that it counts in
     name: str
     shape: str
     direction: str  # "forward", "input gradient", "weight gradient" or "forward and backward"
@@ -33,11 +34,12 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]  # of the arguments
     flop: int  # 2 x multiply-adds that are needed; zeros between the pixels of a transposed convolution are not
     bytes: int  # every tensor read or written once
-    reduction: int  # terms in one sum
+    reduction: int | None  # terms in one sum; None where there are many sums
     ours: Call
     theirs: Call
     rivals: Mapping[str, Call] = field(default_factory=dict)  # other ways to compute the same, by name
-    compilable: bool = True  # whether torch.compile of `theirs` makes anything of it
+    compiled: Call | None = None  # `theirs` through torch.compile, where that makes anything of it
+    check: Case | None = None  # the same on less data, compared with fp64 in its stead where fp64 would not fit
 
     def inputs(self, device: str) -> list[Tensor]:
         """Standard normal, the same on every call; zeros would run faster than real data on a GPU."""
@@ -46,6 +48,23 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}, {self.direction}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Compiled:
+    """A call through torch.compile, compiled when it is first used.
+
+    Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.function: Call | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        if self.function is None:
+            torch._dynamo.reset()  # the cases share code, and would meet the limit on recompilations
+            self.function = torch.compile(lambda *t: self.call(*t), mode="max-autotune-no-cudagraphs", dynamic=False)
+        return self.function(*tensors)
 
 
 class Variant(NamedTuple):
@@ -70,11 +89,13 @@ class GateError(Exception):
     """A case's numbers are wrong, so there is nothing to time."""
 
 
-def error_of(y: Tensor, oracle: Tensor, reduction: int) -> float:
-    """max |y - oracle| / sqrt(reduction): relative to the usual size of a sum of standard normal products."""
+def error_of(y: Tensor, oracle: Tensor, reduction: int | None) -> float:
+    """max |y - oracle|, relative to the usual size of a sum of standard normal products, sqrt(reduction); without a
+    reduction relative to the oracle's root mean square."""
     if y.shape != oracle.shape:
         raise GateError(f"shape {tuple(y.shape)} instead of {tuple(oracle.shape)}")
-    error = (y.double() - oracle).abs().max().item() / math.sqrt(reduction)
+    scale = math.sqrt(reduction) if reduction else oracle.square().mean().sqrt().item()
+    error = (y.double() - oracle).abs().max().item() / scale
     return math.inf if math.isnan(error) else error
 
 
@@ -101,26 +122,29 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
         calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
         calls[Variant("torch", layout)] = partial(case.theirs, *inputs)
         calls |= {Variant(name, layout): partial(call, *inputs) for name, call in case.rivals.items()}
-    if compiled and case.compilable:
-        torch._dynamo.reset()  # the cases share code, and would meet the limit on recompilations
-        # Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
-        compile = torch.compile(lambda *t: case.theirs(*t), mode="max-autotune-no-cudagraphs", dynamic=False)
-        calls[Variant("torch.compile", "contiguous")] = partial(compile, *contiguous)
+    if compiled and case.compiled:
+        calls[Variant("torch.compile", "contiguous")] = partial(case.compiled, *contiguous)
     return calls
 
 
-def run_case(case: Case, device: str, measure: Measure | None = None, compiled: bool = False) -> Result:
-    """Check the case against fp64 and then, only if it is right, time it with `measure`.
+def gate(case: Case, device: str, compiled: bool = False) -> dict[Variant, float]:
+    """Errors of all variants against fp64, as `error_of`.
 
     Every variant of ours must have error <= 2 x torch's own in the same dtype + eps (`error_of`'s unit, that is
     eps sqrt(reduction) in the numbers themselves). Raises GateError otherwise.
     """
     oracle = case.theirs(*(t.double() for t in case.inputs(device)))
-    calls = variants(case, device, compiled)
-    errors = {variant: error_of(call(), oracle, case.reduction) for variant, call in calls.items()}
-    del oracle
+    errors = {
+        variant: error_of(call(), oracle, case.reduction) for variant, call in variants(case, device, compiled).items()
+    }
     limit = 2 * errors[BASELINE] + epsilon(case.dtype, device)
     for variant, error in errors.items():
         if variant.name == OURS and not error <= limit < math.inf:
             raise GateError(f"{variant.layout}: error {error:.2e} against fp64, allowed {limit:.2e}")
-    return Result(errors, measure(calls) if measure else {})
+    return errors
+
+
+def run_case(case: Case, device: str, measure: Measure | None = None, compiled: bool = False) -> Result:
+    """Check the case and then, only if it is right, time it with `measure`. Raises GateError if it is wrong."""
+    errors = gate(case.check or case, device, compiled)
+    return Result(errors, measure(variants(case, device, compiled)) if measure else {})

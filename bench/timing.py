@@ -6,25 +6,32 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Key = TypeVar("Key")
+Calls = Mapping[Key, Callable[[], Any]]
 
 FLUSH_BYTES = 512 * 2**20  # several times the largest L2
 GRAPH_BELOW = 50e-6  # seconds; below, the launch from Python would be most of what is measured
 WARM_UP = 3
+SECONDS = 2.0  # for all repeats of one case; a slow case is repeated less often, but at least FEWEST times
+FEWEST = 7
 
 
 class Timing(NamedTuple):
-    """Milliseconds (median, 20th and 80th percentile), and MiB that a call allocates at its peak, inputs apart."""
+    """Milliseconds (median, 20th and 80th percentile), MiB that a call allocates at its peak, inputs apart, whether a
+    CUDA graph was replayed, and the GPU kernels that took most of it, with how often each ran."""
 
     ms: float
     ms_p20: float
     ms_p80: float
     peak_mib: float
+    replayed: str = "no"
+    kernels: str = ""
 
 
 class Ceilings(NamedTuple):
-    """What this GPU reached in this run: bytes/s of a copy (read + written), FLOP/s of a matrix product by dtype."""
+    """Bytes/s of a copy (read + written), and FLOP/s of a matrix product by dtype."""
 
     copy: float
     matmul: Mapping[torch.dtype, float]
@@ -32,6 +39,10 @@ class Ceilings(NamedTuple):
     def floor(self, flop: float, bytes: float, dtype: torch.dtype) -> float:
         """Least seconds for this work, max(FLOP / matmul ceiling, bytes / copy ceiling): the roofline."""
         return max(flop / self.matmul[dtype], bytes / self.copy)
+
+
+# Not measured: what an H200 is expected to reach, for the cost model where there is no results file. fp32 in TF32.
+ASSUMED = Ceilings(4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 400e12})
 
 
 def _peak_mib(call: Callable[[], Any]) -> float:
@@ -48,36 +59,76 @@ def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def measure(calls: Mapping[Key, Callable[[], Any]], repeats: int, graph: bool) -> dict[Key, Timing]:
-    """Time the calls in turn, `repeats` times each, so that a clock that drifts touches all alike.
+def _replays(calls: Calls, graph: bool) -> tuple[dict[Any, Callable[[], Any]], bool]:
+    """CUDA graphs of the calls. Of all or of none: a launch that only some of them pay for would be no comparison."""
+    if graph:
+        try:
+            return {key: _captured(call) for key, call in calls.items()}, True
+        except RuntimeError:  # some call waits for the GPU, which a capture forbids
+            torch.cuda.synchronize()
+    return dict(calls), False
 
-    Each call finds L2 flushed. The flush also keeps the GPU busy while Python issues the call, so its launch is
-    hidden as long as it is shorter. With `graph`, a CUDA graph of the call is replayed.
+
+def kernel_names(call: Callable[[], Any]) -> str:
+    """The two GPU kernels that take most of a call: this is how cuDNN's choice of an algorithm shows."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    return "; ".join(f"{event.count} x {event.key[:80]}" for event in events[:2])
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    p20, median, p80 = (
+        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return median, p20, p80
+
+
+def _round(replays: Calls, flush: torch.Tensor) -> dict[Any, tuple[torch.cuda.Event, torch.cuda.Event]]:
+    """Every call once, between two events, L2 flushed before. The flush also keeps the GPU busy while Python issues
+    the call, so its launch is hidden as long as it is shorter."""
+    events = {}
+    for key, replay in replays.items():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        replay()
+        end.record()
+        events[key] = start, end
+    return events
+
+
+def measure(calls: Calls, repeats: int, graph: bool) -> dict[Any, Timing]:
+    """Time the calls in turn, up to `repeats` times each, so that a clock that drifts touches all alike.
+
+    With `graph`, CUDA graphs of the calls are replayed where all of them can be captured.
     """
-    peaks = {}
+    peaks, names = {}, {}
     for key, call in calls.items():
         for _ in range(WARM_UP):
             call()
-        peaks[key] = _peak_mib(call)
-    torch.cuda.synchronize()
-    replays = {key: _captured(call) if graph else call for key, call in calls.items()}
+        peaks[key], names[key] = _peak_mib(call), kernel_names(call)
+    replays, replayed = _replays(calls, graph)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    events = {key: [] for key in calls}
-    for _ in range(repeats):
-        for key, replay in replays.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            start.record()
-            replay()
-            end.record()
-            events[key].append((start, end))
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    _round(replays, flush)
+    last.record()
     torch.cuda.synchronize()
-    timings = {}
-    for key, pairs in events.items():
-        times = torch.tensor([start.elapsed_time(end) for start, end in pairs], dtype=torch.float64)
-        p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        timings[key] = Timing(median, p20, p80, peaks[key])
-    return timings
+    repeats = max(min(repeats, int(1e3 * SECONDS / first.elapsed_time(last))), min(repeats, FEWEST))
+    rounds = [_round(replays, flush) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    return {
+        key: Timing(
+            *quantiles([start.elapsed_time(end) for start, end in (events[key] for events in rounds)]),
+            peaks[key],
+            "yes" if replayed else "no",
+            names[key],
+        )
+        for key in calls
+    }
 
 
 def measure_ceilings(dtypes: set[torch.dtype], repeats: int) -> Ceilings:

@@ -31,6 +31,11 @@ class Path:
         return f"{self.name}: {self.reason}"
 
 
+# Looked up and not made in every call.
+ON_GPU = {dtype: Path(KERNEL, f"{dtype} on cuda") for dtype in GPU_DTYPES}
+ON_INTERPRETER = {
+    dtype: Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1") for dtype in INTERPRETER_DTYPES
+}
 REFUSED = Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
 
 
@@ -38,15 +43,15 @@ def kernel_path(tensor: torch.Tensor) -> Path:
     """Path of an op whose kernels take fp16, bf16 and fp32 on a GPU, and fp64 too under the interpreter."""
     device, dtype = tensor.device.type, tensor.dtype
     if device == "cuda":
-        if dtype in GPU_DTYPES:
-            return Path(KERNEL, f"{dtype} on {device}")
+        if dtype in ON_GPU:
+            return ON_GPU[dtype]
         return Path(ATEN, f"no kernel for {dtype} on a GPU")
     if device != "cpu":
         return Path(ATEN, f"no kernels for device {device}")
     if not INTERPRETED:
         return Path(ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels")
-    if dtype in INTERPRETER_DTYPES:
-        return Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1")
+    if dtype in ON_INTERPRETER:
+        return ON_INTERPRETER[dtype]
     return Path(ATEN, f"no kernel for {dtype}")
 
 

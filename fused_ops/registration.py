@@ -3,39 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
 
-def differentiable(library: torch.library.Library, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `function`, which applies an autograd.Function, as the autograd of backstride::<name>.
+class Function(torch.autograd.Function):
+    """An autograd.Function whose arguments are all positional, which spares `apply` looking up its signature."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        base: Any = super(torch.autograd.Function, cls)
+        return base.apply(*unwrap_dead_wrappers(arguments))
+
+
+def _watched() -> bool:
+    """Whether something wants to see the op itself: a mode, a profiler, a trace, or torch.func."""
+    c: Any = torch._C
+    return (
+        c._len_torch_dispatch_stack() > 0
+        or c._are_functorch_transforms_active()
+        or c._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether no argument wants a gradient, forward or backward, and none is more than a tensor."""
+    if forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            (type(argument) is not Tensor and type(argument) is not torch.nn.Parameter)
+            or (grad and argument.requires_grad)
+        ):
+            return False
+    return True
+
+
+def differentiable(
+    library: torch.library.Library, name: str, function: Callable[..., Any], implementation: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register `function`, which applies an autograd.Function, as the autograd of backstride::<name>, and
+    `implementation` for the CPU and CUDA.
 
     Returns what this package calls: torch.compile is to see the op itself, and torch.func, which can't look below an
-    op, the autograd.Function.
+    op, the autograd.Function. Where nobody looks, the implementation is called at once, which spares the dispatcher.
     """
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
     library.impl(name, function, "Autograd")
     op = getattr(torch.ops.backstride, name).default
 
     def call(*arguments: Any) -> Any:
-        return (op if torch.compiler.is_compiling() else function)(*arguments)
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        if _is_plain(arguments) and not _watched():
+            return implementation(*arguments)
+        return function(*arguments)
 
     return call
 
 
-def uses_tf32(x: Tensor, switch: Any) -> bool:
+def uses_tf32(x: Tensor, switch: str) -> bool:
     """Whether torch's own op would round fp32 operands to TF32 here; `switch` is its part of torch.backends.cudnn."""
-    return x.dtype == torch.float32 and x.is_cuda and switch.fp32_precision == "tf32"
+    return x.dtype == torch.float32 and x.is_cuda and getattr(torch.backends.cudnn, switch).fp32_precision == "tf32"
+
+
+@lru_cache(maxsize=4096)
+def _suggested(shape: torch.Size, strides: tuple[int, ...]) -> torch.memory_format:
+    return suggest_memory_format(torch.empty_strided(shape, strides, device="meta"))
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """channels_last where any tensor is, as torch's own ops choose it; 3-D tensors have no such format."""
     if tensors[0].dim() == 3:
         return torch.contiguous_format
-    formats = (suggest_memory_format(t) for t in tensors)
-    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+    for tensor in tensors:
+        # Sizes of fake tensors may be symbols, which can't be looked up.
+        known = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        found = _suggested(tensor.shape, tensor.stride()) if known else suggest_memory_format(tensor)
+        if found != torch.contiguous_format:
+            return found
+    return torch.contiguous_format
 
 
 def with_strides_of(other: Tensor, tensor: Tensor) -> Tensor:

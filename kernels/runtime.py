@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -45,3 +46,38 @@ def device_guard(tensor: torch.Tensor):
 def three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     """One to three axes as the three that kernels have: the leading ones are filled."""
     return (fill,) * (3 - len(values)) + tuple(values)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch without its pointers. A kernel's signature has the pointers first and what is compiled in last.
+
+    Triton looks at all arguments of every launch to find what it compiled for them. Here only the pointers' alignment
+    and the device can differ from one launch to the next, so the plan keeps what was found.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]  # run-time arguments behind the pointers
+    constants: dict[str, Any]
+    found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = field(default_factory=dict, repr=False)
+
+    def launch(self, *pointers: torch.Tensor | None, more: tuple[int, ...] = (), **flags: Any) -> None:
+        """Launch on the first pointer's device, which is the current one.
+
+        Args:
+            more: run-time arguments behind `sizes` that Triton is told not to specialise on: free to change.
+            flags: further compile-time arguments.
+        """
+        first: Any = pointers[0]
+        alignments = [p is not None and (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
+        key = (first.device.index, *alignments, *flags.values())
+        if key in self.found:
+            run, constants = self.found[key]
+            run(*pointers, *self.sizes, *more, *constants)
+            return
+        compiled = self.kernel[self.grid](*pointers, *self.sizes, *more, **flags, **self.constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            given = flags | self.constants
+            behind = self.kernel.arg_names[len(pointers) + len(self.sizes) + len(more) :]
+            self.found[key] = compiled[(*self.grid, 1, 1)[:3]], tuple(given[name] for name in behind)

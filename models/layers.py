@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fused_ops
+from ..fused_ops.dispatch import ATEN, kernel_path
 
 Ops = Literal["fused", "torch"]
 Activation = Literal["relu"] | None
@@ -122,7 +123,8 @@ def halve(input: Tensor, ops: Ops) -> Tensor:
 
 def halve_with_places(input: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
     """(what `halve` gives, where each maximum was, for `unpool` with the same `ops`)"""
-    if ops == "fused":
+    # Where no kernel runs, offsets would only be made from torch's indices and be turned into them again.
+    if ops == "fused" and kernel_path(input).name != ATEN:
         return fused_ops.max_pool2d_with_offsets(input, 2, ceil_mode=True)
     return F.max_pool2d(input, 2, ceil_mode=True, return_indices=True)
 
@@ -130,7 +132,7 @@ def halve_with_places(input: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
 def unpool(input: Tensor, places: Tensor, size: tuple[int, int], ops: Ops) -> Tensor:
     """Each value at the place that `halve_with_places` found it at, zeros elsewhere:
     [N, C, h, w] -> [N, C, *size]."""
-    if ops == "fused":
+    if ops == "fused" and places.dtype == torch.uint8:
         return fused_ops.max_unpool2d_with_offsets(input, places, size, 2)
     return F.max_unpool2d(input, places, (2, 2), output_size=size)
 

@@ -32,7 +32,7 @@ def _signature(kernel: Any, constants: dict[str, Any], index: str) -> dict[str, 
 
 def cases(target: Target) -> Iterator[Case]:
     """Every layer in both layouts, with offsets and with indices; bf16, which fp32 differs from in its loads alone."""
-    options = {"num_warps": 4, "num_stages": 3}
+    options = {"num_stages": 3}
     for name, shape, windows in LAYERS:
         for channels_last in (False, True):
             if channels_last and len(shape) == 3:
@@ -42,7 +42,7 @@ def cases(target: Target) -> Iterator[Case]:
                 image = image.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
             for offsets in (True, False):
                 index = torch.empty(0, dtype=torch.uint8 if offsets else torch.int64, device="meta")
-                shared = launch.constants_of(windows, image, image, index) | {"BLOCK": launch.BLOCK} | options
+                shared = launch.constants_of(windows, image, image, index) | options
                 reduction = launch.reduction_constants(windows, image)
                 for kernel, extra in (
                     (pool.max_pool_kernel, reduction),
@@ -55,7 +55,7 @@ def cases(target: Target) -> Iterator[Case]:
                     places = "offsets" if offsets else "indices"
                     yield Case(kernel, signature, constants, f"{name}, {layout}, {places}", "bf16")
     for kernel in (pool.claim_kernel, pool.fill_kernel):
-        constants = {"BLOCK": launch.BLOCK} | options
+        constants = launch.block_constants(1) | options
         yield Case(kernel, _signature(kernel, constants, "*i64"), constants, "any", "bf16")
 
 

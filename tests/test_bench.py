@@ -1,11 +1,19 @@
 """The benchmark's gate, floors and files, and its dry run on the CPU."""
 
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from backstride import fused_ops
-from backstride.bench import bench_conv, bench_rnn, probe_rnn, report
+from backstride.bench import bench_conv, bench_networks, bench_rnn, cpu, probe, report, run, timing, tune
 from backstride.bench.__main__ import app
 from backstride.bench.case import BASELINE, GateError, Variant, run_case
+from backstride.bench.occupancy import programs_per_multiprocessor
 from backstride.bench.timing import Ceilings, Timing
 from typer.testing import CliRunner
 
@@ -38,6 +46,13 @@ def test_dry_run_fails_if_an_op_is_wrong(monkeypatch):
     assert "WRONG" in done.output and "2 of 3 cases are right" in done.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command times")
+@pytest.mark.parametrize("op", sorted({case.op for case in run.all_cases(False, True)}))
+def test_one_case_of_each_op_is_right(op):
+    """The rest of the dry run is more of the same."""
+    run_case(min((c for c in run.all_cases(False, True) if c.op == op), key=lambda c: c.flop), "cpu")
+
+
 def test_unknown_op_is_refused():
     done = CliRunner().invoke(app, ["--op", "fold"])
     assert done.exit_code == 2 and "conv_transpose2d" in done.output
@@ -59,6 +74,18 @@ def test_right_numbers_are_timed():
     assert result.timings.keys() == result.errors.keys() >= {BASELINE, Variant("ours", "channels_last")}
 
 
+def test_a_case_can_be_checked_on_less_data(monkeypatch):
+    """What is timed is the large one."""
+    large = dataclasses.replace(forward_case(), check=bench_conv.case(LAYER, "forward", torch.float32), theirs=None)
+    with pytest.raises(TypeError):
+        run_case(dataclasses.replace(large, check=None), "cpu")
+    assert run_case(large, "cpu").errors[BASELINE] < 1e-5
+    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, **k: 1.001 * torch.nn.functional.conv2d(*a, **k))
+    wrong = dataclasses.replace(large, check=bench_conv.case(LAYER, "forward", torch.float32))
+    with pytest.raises(GateError):
+        run_case(wrong, "cpu")
+
+
 def test_work_of_a_convolution_by_hand():
     # 2x3x6x7 -> 2x5x3x4 with 3x3 taps.
     case = bench_conv.case(LAYER, "forward", torch.float32)
@@ -75,6 +102,23 @@ def test_work_of_a_network_by_hand():
     assert case.flop == 2 * (4 * 2) * (3 * 5 + 5 * 5 + 5 * 5 + 5 * 5)
     training = bench_rnn.case(bench_rnn.Layer("network", 4, 2, 3, 5, layers=2), True, torch.float32)
     assert training.flop == 3 * case.flop
+
+
+def test_work_of_packed_sequences_by_hand():
+    """Lengths 8, 5 and 2."""
+    layer = bench_rnn.Layer("network", 8, 3, 3, 5, packed=True)
+    assert layer.batch_sizes.tolist() == [3, 3, 2, 2, 2, 1, 1, 1]
+    case = bench_rnn.case(layer, False, torch.float32)
+    assert case.flop == 2 * 15 * (3 * 5 + 5 * 5)
+    assert case.shapes[0] == (15, 3)
+
+
+def test_work_of_a_whole_network_by_hand():
+    """U-Net of width 4 and depth 1 on 8x8: forward, and twice as much backward, but no gradient by the image."""
+    network = bench_networks.NETWORKS[0].tiny()
+    first = 64 * 9 * 3 * 4
+    others = 64 * 9 * (4 * 4 + 8 * 4 + 4 * 4) + 16 * 9 * (4 * 8 + 8 * 8) + 16 * 8 * 4 * 4 + 64 * 4 * 2
+    assert bench_networks.flop(network) == 2 * (2 * first + 3 * others)
 
 
 def test_floor_of_an_up_convolution_by_hand():
@@ -108,7 +152,126 @@ def test_file_with_other_columns_is_refused(tmp_path):
         report.read_rows(path)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the probe times")
-def test_probe_needs_a_gpu():
-    done = CliRunner().invoke(probe_rnn.app, [])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the probes time")
+def test_probes_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(probe, "capabilities", lambda: [("sm_90", "cooperative grids", "yes")])
+    done = CliRunner().invoke(app, ["probe"])
     assert done.exit_code == 2 and "torch finds none here" in done.output
+    assert all(name in done.output for name in probe.PROBES)
+
+
+@pytest.mark.parametrize("name", probe.PROBES)
+def test_probes_run_dry(name):
+    def call_once(calls):
+        for call in calls.values():
+            call()
+        return {key: Timing(2.0, 1.0, 3.0, 0.0) for key in calls}
+
+    rows = probe.run(name, "cpu", True, WHERE, timing.ASSUMED, call_once)
+    assert rows and all(row.us_p20 < row.us < row.us_p80 for row in rows)
+    assert probe.question(probe.PROBES[name])
+
+
+def test_every_layer_has_a_floor_and_a_name_of_its_own():
+    for bench in run.BENCHES:
+        cases = bench.cases(False, False)
+        assert len({report.key_of(case) for case in cases}) == len(cases)
+        assert all(timing.ASSUMED.floor(case.flop, case.bytes, case.dtype) > 0 for case in cases)
+        assert {report.key_of(case) for case in bench.cases(True, False)} < {report.key_of(case) for case in cases}
+
+
+def fake_gpu(monkeypatch, tiny_cases):
+    """`timed_run` without a GPU: the cases on the CPU, times made up."""
+    monkeypatch.setattr(report, "environment", lambda: WHERE)
+    monkeypatch.setattr(run, "measure_ceilings", lambda dtypes, repeats: CEILINGS)
+    monkeypatch.setattr(run, "measure", lambda calls, repeats, graph: fake_measure(calls))
+    monkeypatch.setattr(run, "run_case", lambda case, device, *rest: run_case(case, "cpu", *rest))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    return tiny_cases
+
+
+def test_a_run_goes_on_where_it_stopped_and_tells_what_failed(monkeypatch, tmp_path):
+    right, other = forward_case(), bench_conv.case(LAYER, "input gradient", torch.float32)
+    wrong = dataclasses.replace(bench_conv.case(LAYER, "weight gradient", torch.float32), ours=lambda x, w, y: w + 1)
+    cases = fake_gpu(monkeypatch, [right, wrong, other])
+    path = tmp_path / "results.csv"
+    assert run.timed_run(list(cases), False, False, 0.0, path)  # no time at all
+    assert not path.exists()
+    assert run.timed_run([right], False, False, 1.0, path)
+    first = report.read_rows(path)
+    assert not run.timed_run(list(cases), False, False, 1.0, path)
+    rows = report.read_rows(path)
+    assert rows[: len(first)] == first
+    of_case = report.by_case(rows)
+    assert set(of_case) == {report.key_of(case) for case in cases}
+    (failed,) = of_case[report.key_of(wrong)]
+    assert "GateError" in failed.gate and failed.ms != failed.ms and failed.speedup != failed.speedup
+    assert report.ratios([failed]) == {}
+    calls = []
+    monkeypatch.setattr(run, "run_case", lambda *a: calls.append(a))
+    assert run.timed_run(list(cases), False, False, 1.0, path) and calls == []
+    monkeypatch.setattr(report, "environment", lambda: dataclasses.replace(WHERE, commit="def"))
+    assert len(run.pending(cases, rows, report.environment())) == 3
+
+
+def test_a_new_row_replaces_the_old_one_of_its_case():
+    case = forward_case()
+    result = run_case(case, "cpu", fake_measure)
+    old = report.rows_of(case, result, CEILINGS, WHERE)
+    new = [dataclasses.replace(row, commit="def") for row in old]
+    elsewhere = [dataclasses.replace(row, gpu="another") for row in old]
+    assert run.merged(old + elsewhere, new) == elsewhere + new
+
+
+def test_programs_on_a_multiprocessor_by_hand():
+    """168 registers x 32 lanes x 4 warps: 3 programs in 65536; shared memory, 73728 + 1024 of 233472: 3 too; 8 warps of
+    64 alone would be 8."""
+    line = {"target": "sm_90", "tile": "128x64x64 w4 s4", "registers": "168", "shared": "73728"}
+    assert programs_per_multiprocessor(line) == 3
+    assert programs_per_multiprocessor(line | {"registers": "255"}) == 2
+    assert programs_per_multiprocessor(line | {"registers": "32", "shared": "0", "tile": "256 w8 s1"}) == 8
+    with pytest.raises(ValueError, match="tile"):
+        programs_per_multiprocessor(line | {"tile": "256"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it times")
+@pytest.mark.parametrize("op", ["conv_transpose1d", "max_pool2d_with_offsets"])
+def test_tuning_runs_dry_and_finds_unwritten_memory(monkeypatch, tmp_path, op):
+    """A kernel that leaves out the last element is found because memory is NaN before."""
+    out = tmp_path / "tuned.csv"
+    done = CliRunner().invoke(app, ["tune", "--op", op, "--minutes", "0.001", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) > 2 and {row["verdict"] for row in rows} == {"right"}
+
+    def forgetful(x, weight):
+        y = torch.empty(3)
+        y[:2] = x[:2]
+        return y
+
+    case = dataclasses.replace(
+        forward_case(), op="fold", shapes=((3,), (1,)), reduction=1, ours=forgetful, theirs=lambda x, weight: x
+    )
+    (row,) = tune.tune(case, "cpu", "contiguous", [], None)
+    assert row.verdict.startswith("GateError")
+
+
+def test_launches_without_a_gpu():
+    """In a process of its own, where Triton does not interpret."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("host_launch.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_networks_on_the_cpu_are_compared(monkeypatch):
+    monkeypatch.setattr(cpu, "INTERPRETED", False)
+    name = "char-RNN, 1 x 64, 10 steps, batch 1"
+    monkeypatch.setattr(cpu, "NETWORKS", {name: cpu.NETWORKS[name]})
+    threads = torch.get_num_threads()
+    (row,) = cpu.measure(seconds=0.0)
+    torch.set_num_threads(threads)
+    assert row.steps == 5 and row.fused_ms > 0 and row.ratio_p20 <= row.ratio <= row.ratio_p80
+    monkeypatch.setattr(cpu, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        cpu.measure(seconds=0.0)

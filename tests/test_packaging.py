@@ -162,7 +162,8 @@ def absolute_imports(source: str) -> list[int]:
 def test_imports_point_one_way(path):
     source = path.read_text()
     assert wrong_imports(path, source) == []
-    assert absolute_imports(source) == []
+    # pytest imports a test module by itself, so that it has nothing to be relative to.
+    assert path.name.startswith("test_") or absolute_imports(source) == []
 
 
 @pytest.mark.parametrize(

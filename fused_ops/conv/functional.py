@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,14 @@ class _Call(NamedTuple):
     x: Tensor
     batched: bool
     channels: int  # of the output
-    output_size: list[int]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    output_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+
+
+_Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # output, stride, padding, dilation
 
 
 def _require(condition: Any) -> None:
@@ -40,12 +43,30 @@ def _require(condition: Any) -> None:
         raise _Refused
 
 
-def _per_axis(value: Any, axes: int, smallest: int) -> list[int]:
+def _remembered(find: Callable[..., _Sizes]) -> Callable[..., _Sizes]:
+    """`find`, whose answers are kept: what follows from sizes alone is not found anew in every call."""
+    known = lru_cache(maxsize=4096)(find)
+
+    def look_up(*arguments: Any) -> _Sizes:
+        if torch.compiler.is_compiling():
+            return find(*arguments)
+        try:
+            return known(*arguments)
+        except TypeError:  # a list or a symbolic size can't be looked up
+            return find(*arguments)
+
+    return look_up
+
+
+def _per_axis(value: Any, axes: int, smallest: int) -> tuple[int, ...]:
     """`value` for each axis: from an int, or a sequence of one or `axes` ints, none below `smallest`."""
+    if type(value) is int:  # the common case, quickly
+        _require(value >= smallest)
+        return (value,) * axes
     if isinstance(value, int | torch.SymInt):
         value = [value]
     _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, axes))
-    values: list[Any] = list(value) if len(value) == axes else list(value) * axes
+    values: tuple[Any, ...] = tuple(value) if len(value) == axes else tuple(value) * axes
     _require(min(values) >= smallest)
     return values
 
@@ -68,18 +89,23 @@ def _bind_conv(
 ) -> _Call:
     x, batched = _batched(axes, input, weight, bias, groups)
     _require(x.shape[1] == weight.shape[1] * groups and (bias is None or bias.shape == (weight.shape[0],)))
+    sizes = _conv_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return _Call(x, batched, weight.shape[0], *sizes, groups)
+
+
+@_remembered
+def _conv_sizes(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> _Sizes:
+    axes = len(size)
     strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
-    size = list(x.shape[2:])
-    spans = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     if padding == "same":
         _require(max(strides) == 1)
         # torch puts the odd element of an even kernel's padding behind the input.
-        return _Call(x, batched, weight.shape[0], size, strides, [(span - 1) // 2 for span in spans], dilations, groups)
+        return tuple(size), strides, tuple((span - 1) // 2 for span in spans), dilations
     paddings = _per_axis(0 if padding == "valid" else padding, axes, 0)
     room = [i + 2 * p - span for i, p, span in zip(size, paddings, spans, strict=True)]
     _require(min(room) >= 0)
-    output_size = [r // s + 1 for r, s in zip(room, strides, strict=True)]
-    return _Call(x, batched, weight.shape[0], output_size, strides, paddings, dilations, groups)
+    return tuple(r // s + 1 for r, s in zip(room, strides, strict=True)), strides, paddings, dilations
 
 
 def _bind_transposed(
@@ -95,15 +121,22 @@ def _bind_transposed(
 ) -> _Call:
     x, batched = _batched(axes, input, weight, bias, groups)
     _require(x.shape[1] == weight.shape[0] and (bias is None or bias.shape == (weight.shape[1] * groups,)))
+    sizes = _transposed_sizes(x.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
+    return _Call(x, batched, weight.shape[1] * groups, *sizes, groups)
+
+
+@_remembered
+def _transposed_sizes(size: Any, kernel: Any, stride: Any, padding: Any, output_padding: Any, dilation: Any) -> _Sizes:
+    axes = len(size)
     strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
     paddings, extras = _per_axis(padding, axes, 0), _per_axis(output_padding, axes, 0)
     _require(all(e < max(s, d) for e, s, d in zip(extras, strides, dilations, strict=True)))
-    output_size = [
+    output_size = tuple(
         (i - 1) * s - 2 * p + d * (k - 1) + e + 1
-        for i, s, p, d, k, e in zip(x.shape[2:], strides, paddings, dilations, weight.shape[2:], extras, strict=True)
-    ]
+        for i, s, p, d, k, e in zip(size, strides, paddings, dilations, kernel, extras, strict=True)
+    )
     _require(min(output_size) >= 1)
-    return _Call(x, batched, weight.shape[1] * groups, output_size, strides, paddings, dilations, groups)
+    return output_size, strides, paddings, dilations
 
 
 def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Path]:
@@ -118,6 +151,14 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
     if ops.kernels_for(arguments[2].shape, call.groups) is depthwise:
         path = Path(path.name, f"depthwise kernel for {path.reason}")
     return call, path
+
+
+def _call(bind: Callable[..., _Call], axes: int, arguments: tuple[Any, ...]) -> _Call | None:
+    """As `_plan`, for the call itself: where ATen runs anyway, it checks the arguments too."""
+    input = arguments[0]
+    if isinstance(input, Tensor) and kernel_path(input).name == ATEN:
+        return None
+    return _plan(bind, axes, *arguments)[0]
 
 
 def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
@@ -166,12 +207,13 @@ def _run(
 ) -> Tensor:
     """`op` with the checked arguments where kernels run, else torch's `function` with the arguments as they are."""
     relu = _is_relu(activation)
-    call, _ = _plan(bind, axes, *arguments)
+    call = _call(bind, axes, arguments)
     if call is None:
         return _finish_aten(function(*arguments), relu, residual)
-    device, (weight, bias) = call.x.device.type, arguments[1:3]
-    x, weight = autocast(call.x, device), autocast(weight, device)
-    bias, residual = autocast(bias, device), autocast(residual, device)
+    x, (weight, bias) = call.x, arguments[1:3]
+    if torch.is_autocast_enabled(device := x.device.type):
+        x, weight = autocast(x, device), autocast(weight, device)
+        bias, residual = autocast(bias, device), autocast(residual, device)
     if residual is not None:
         batch = (x.shape[0],) if call.batched else ()
         _check_residual(residual, (*batch, call.channels, *call.output_size), x.dtype)
@@ -353,15 +395,16 @@ def conv_transpose2d_concat(
     """
     relu = _is_relu(activation)
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-    call, _ = _plan(_bind_transposed, 2, *arguments)
+    call = _call(_bind_transposed, 2, arguments)
     if call is None:
         up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
         skip = autocast(skip, up.device.type)
         _check_skip(skip, (*up.shape[:-3], *up.shape[-2:]), up.dtype)
         return torch.cat([skip, up], dim=-3)
-    device = call.x.device.type
-    x, skip = autocast(call.x, device), autocast(skip, device)
-    weight, bias = autocast(weight, device), autocast(bias, device)
+    x = call.x
+    if torch.is_autocast_enabled(device := x.device.type):
+        x, skip = autocast(x, device), autocast(skip, device)
+        weight, bias = autocast(weight, device), autocast(bias, device)
     batch = (x.shape[0],) if call.batched else ()
     _check_skip(skip, (*batch, *call.output_size), x.dtype)
     skip = skip if call.batched else skip.unsqueeze(0)

@@ -26,7 +26,7 @@ from ...kernels import conv as kernels
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, kernel_path
-from ..registration import differentiable, memory_format, uses_tf32, with_strides_of
+from ..registration import Function, differentiable, memory_format, uses_tf32, with_strides_of
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
@@ -62,7 +62,7 @@ def kernels_for(weight: Sequence[int], groups: int) -> Any:
 
 
 def _tf32(x: Tensor) -> bool:
-    return uses_tf32(x, torch.backends.cudnn.conv)  # pyright: ignore[reportAttributeAccessIssue]
+    return uses_tf32(x, "conv")
 
 
 def _aten_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry) -> Tensor:
@@ -211,13 +211,6 @@ def _conv_transpose_concat(
     return y
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("conv", partial(_forward, False), key)
-    library.impl("conv_transpose", partial(_forward, True), key)
-    library.impl("conv_weight_grad", _conv_weight_grad, key)
-    library.impl("conv_transpose_concat", _conv_transpose_concat, key)
-
-
 @torch.library.register_fake("backstride::conv", lib=library)
 def _(x, weight, bias, residual, output_size, stride, padding, dilation, groups, relu):
     return _empty_result(False, x, weight, output_size, groups)
@@ -287,7 +280,7 @@ def _tangent(settings: _Settings, x: Tensor, weight: Tensor, dx: Any, dweight: A
     )
 
 
-class _Conv(torch.autograd.Function):
+class _Conv(Function):
     """y = relu(X x + bias + residual), or with `transposed` the same of X^T. Each is the other's input gradient."""
 
     generate_vmap_rule = True
@@ -321,7 +314,7 @@ class _Conv(torch.autograd.Function):
         return None if tangent is None else _through_relu(tangent, y)
 
 
-class _ConvTransposeConcat(torch.autograd.Function):
+class _ConvTransposeConcat(Function):
     """[skip, relu(X^T x + bias)]; the backward reads each part's gradient where it lies in the whole."""
 
     generate_vmap_rule = True
@@ -364,7 +357,7 @@ class _ConvTransposeConcat(torch.autograd.Function):
         return torch.cat([dskip, up], dim=1)
 
 
-class _ConvWeightGrad(torch.autograd.Function):
+class _ConvWeightGrad(Function):
     """w = sum of y x over pixels: bilinear, with derivatives X^T (by x) and X (by y) of the gradient as weight."""
 
     generate_vmap_rule = True
@@ -420,7 +413,9 @@ def _conv_transpose_concat_autograd(x, skip, weight, bias, output_size, stride, 
     return _ConvTransposeConcat.apply(x, skip, weight, bias, settings)
 
 
-conv = differentiable(library, "conv", partial(_forward_autograd, False))
-conv_transpose = differentiable(library, "conv_transpose", partial(_forward_autograd, True))
-conv_weight_grad = differentiable(library, "conv_weight_grad", _conv_weight_grad_autograd)
-conv_transpose_concat = differentiable(library, "conv_transpose_concat", _conv_transpose_concat_autograd)
+conv = differentiable(library, "conv", partial(_forward_autograd, False), partial(_forward, False))
+conv_transpose = differentiable(library, "conv_transpose", partial(_forward_autograd, True), partial(_forward, True))
+conv_weight_grad = differentiable(library, "conv_weight_grad", _conv_weight_grad_autograd, _conv_weight_grad)
+conv_transpose_concat = differentiable(
+    library, "conv_transpose_concat", _conv_transpose_concat_autograd, _conv_transpose_concat
+)

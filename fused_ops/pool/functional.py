@@ -29,6 +29,8 @@ class _Call(NamedTuple):
 
 def _per_axis(value: Any, axes: int, smallest: int) -> list[int] | None:
     """`value` for each axis, or None where torch would not take it."""
+    if type(value) is int:  # the common case, quickly
+        return [value] * axes if value >= smallest else None
     values = [value] * axes if isinstance(value, int | torch.SymInt) else value
     if not isinstance(values, Sequence) or len(values) not in (1, axes) or isinstance(values, str):
         return None

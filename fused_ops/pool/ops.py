@@ -24,7 +24,7 @@ from torch import Tensor
 from ...kernels import pool as kernels
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, kernel_path
-from ..registration import differentiable, memory_format, with_strides_of
+from ..registration import Function, differentiable, memory_format, with_strides_of
 
 _WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
@@ -130,13 +130,6 @@ def _check(pixels: Tensor, index: Tensor, size: Sequence[int]) -> None:
         )
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("max_pool", _max_pool, key)
-    library.impl("max_pool_spread", _max_pool_spread, key)
-    library.impl("max_pool_pick", _max_pool_pick, key)
-    library.impl("max_unpool", _max_unpool, key)
-
-
 @torch.library.register_fake("backstride::max_pool", lib=library)
 def _(x, kernel, stride, padding, dilation, output_size, offsets):
     return _empty(x, output_size), _empty(x, output_size, torch.uint8 if offsets else torch.int64)
@@ -166,7 +159,7 @@ class _Settings:
     flag: bool = False  # offsets, or total
 
 
-class _MaxPool(torch.autograd.Function):
+class _MaxPool(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -193,7 +186,7 @@ class _MaxPool(torch.autograd.Function):
         return max_pool_pick(tangents[0], index, *ctx.settings.windows), None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     """With flag the adjoint of a pick, without it an unpooling. Of both, torch lets every y have the gradient where
     it went, also one that a later window overwrote."""
 
@@ -222,7 +215,7 @@ class _Spread(torch.autograd.Function):
         return max_pool_spread(tangents[0], index, *ctx.settings.windows, ctx.settings.size, ctx.settings.flag)
 
 
-class _Pick(torch.autograd.Function):
+class _Pick(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -250,7 +243,7 @@ class _Pick(torch.autograd.Function):
         return max_pool_pick(tangents[0], index, *ctx.settings.windows)
 
 
-class _MaxUnpool(torch.autograd.Function):
+class _MaxUnpool(Function):
     """As torch, every y has the gradient where it went, also one that a later y overwrote."""
 
     generate_vmap_rule = True
@@ -294,10 +287,10 @@ def _max_unpool_autograd(y, index, output_size):
     return _MaxUnpool.apply(y, index, _Settings((), output_size))
 
 
-max_pool = differentiable(library, "max_pool", _max_pool_autograd)
-max_pool_spread = differentiable(library, "max_pool_spread", _spread_autograd)
-max_pool_pick = differentiable(library, "max_pool_pick", _pick_autograd)
-max_unpool = differentiable(library, "max_unpool", _max_unpool_autograd)
+max_pool = differentiable(library, "max_pool", _max_pool_autograd, _max_pool)
+max_pool_spread = differentiable(library, "max_pool_spread", _spread_autograd, _max_pool_spread)
+max_pool_pick = differentiable(library, "max_pool_pick", _pick_autograd, _max_pool_pick)
+max_unpool = differentiable(library, "max_unpool", _max_unpool_autograd, _max_unpool)
 
 
 def _vmap(name: str, tensors: int) -> None:

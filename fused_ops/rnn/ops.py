@@ -18,7 +18,7 @@ from torch import Tensor
 from ...kernels.rnn import Packing, choose, reference
 from ...kernels.rnn import scan as launch_scan
 from ..dispatch import ATEN, kernel_path
-from ..registration import differentiable, uses_tf32
+from ..registration import Function, differentiable, uses_tf32
 from .rows import first_rows, previous_rows
 
 library = torch.library.Library("backstride", "FRAGMENT")
@@ -33,7 +33,7 @@ DERIVATIVES = {"tanh": "tanh_derivative", "relu": "relu_derivative"}
 
 
 def _tf32(x: Tensor) -> bool:
-    return uses_tf32(x, torch.backends.cudnn.rnn)  # pyright: ignore[reportAttributeAccessIssue]
+    return uses_tf32(x, "rnn")
 
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -89,10 +89,6 @@ def _scan(
     return y, factor
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("rnn_scan", _scan, key)
-
-
 @torch.library.register_fake("backstride::rnn_scan", lib=library)
 def _(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
     return x.new_empty(x.shape), x.new_empty(x.shape if with_factor else 0)
@@ -123,7 +119,7 @@ def _start(s: Tensor, first: Tensor | None, offsets: Tensor | None, backward: bo
     return torch.stack(directions, dim=-2)
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(Function):
     """`rnn_scan`, with its second output only where it is wanted: the factor, which has no gradient."""
 
     generate_vmap_rule = True
@@ -215,7 +211,7 @@ def _scan_autograd(x, gate, first, matrix, offsets, batch, effect, backward, wit
     return result if with_factor else (result, x.new_empty(0))
 
 
-_enter = differentiable(library, "rnn_scan", _scan_autograd)
+_enter = differentiable(library, "rnn_scan", _scan_autograd, _scan)
 
 
 def scan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, Device, device_guard, device_of, three
+from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of, three
 from . import access, zones
 from .access import Access, Layout, layout_of, power_of_two_divisor
 from .apply import conv_apply_kernel
@@ -34,14 +34,11 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class Plan(NamedTuple):
-    """A launch without its pointers."""
+@dataclass(frozen=True)
+class ConvPlan(Plan):
+    """A launch of a convolution."""
 
-    kernel: Any
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-    copies: tuple[bool, ...]  # for each tensor that is read, whether from a channels-last copy
+    copies: tuple[bool, ...] = ()  # for each tensor that is read, whether from a channels-last copy
     table: zones.Table | None = None  # of the zones, where the launch goes over zones
     note: str = ""  # for people
 
@@ -150,7 +147,7 @@ def zones_plan(
     constants: dict[str, Any],
     transposed: bool,
     note: str,
-) -> Plan:
+) -> ConvPlan:
     """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
     in_vec, out_vec = constants["IN_VEC"], constants["OUT_VEC"]
     if not access_y.last:
@@ -171,7 +168,9 @@ def zones_plan(
     # A zone's rows have gaps between them, so along the pixels nothing is aligned.
     constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if not side.last}
     sizes = (y.shape[0], groups, access_x.channels // groups // in_vec, *access_x.strides, *access_y.strides)
-    return Plan(conv_zones_kernel, (table.programs,), sizes, constants, (access_x.copied,), table, note)
+    return ConvPlan(
+        conv_zones_kernel, (table.programs,), sizes, constants, copies=(access_x.copied,), table=table, note=note
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +182,7 @@ def plan_apply(
     dtype: torch.dtype,
     tf32: bool,
     device: Device,
-) -> Plan:
+) -> ConvPlan:
     """Launch of y = X x, for a weight of shape (A total, B, *kernel)."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
@@ -212,7 +211,7 @@ def plan_apply(
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, note)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
-    return Plan(conv_apply_kernel, grid, sizes, constants, (access_x.copied,))
+    return ConvPlan(conv_apply_kernel, grid, sizes, constants, copies=(access_x.copied,))
 
 
 @lru_cache(maxsize=4096)
@@ -224,7 +223,7 @@ def plan_apply_transposed(
     dtype: torch.dtype,
     tf32: bool,
     device: Device,
-) -> Plan:
+) -> ConvPlan:
     """Launch of y = X^T x, for a weight of shape (A total, B, *kernel): scattered where the stride is the kernel's
     size and every output pixel is reached, else by residue phases."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
@@ -278,7 +277,7 @@ def plan_apply_transposed(
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, note)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
-    return Plan(launched, (phases * tiles,), sizes, constants, (access_x.copied,))
+    return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,))
 
 
 @lru_cache(maxsize=4096)
@@ -291,7 +290,7 @@ def plan_weight_grad(
     dtype: torch.dtype,
     tf32: bool,
     device: Device,
-) -> Plan:
+) -> ConvPlan:
     """Launch of the weight gradient; the grid's second axis counts the partial results."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     taps = math.prod(kernel)
@@ -331,7 +330,7 @@ def plan_weight_grad(
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     copies = access_x.copied, access_y.copied
-    return Plan(conv_weight_grad_kernel, (tiles, splits), sizes, constants, copies)
+    return ConvPlan(conv_weight_grad_kernel, (tiles, splits), sizes, constants, copies=copies)
 
 
 def _sizes(
@@ -375,7 +374,7 @@ def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tens
 
 
 def _launch_forward(
-    planner: Callable[..., Plan],
+    planner: Callable[..., ConvPlan],
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -392,18 +391,16 @@ def _launch_forward(
         x = to_channels_last(x)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
-        plan.kernel[plan.grid](
+        plan.launch(
             x,
             pack_weight(weight),
             bias,
             residual,
             y,
             *tables,
-            *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             RELU=relu,
-            **plan.constants,
         )
 
 
@@ -487,14 +484,14 @@ def weight_grad(
     x, y = (to_channels_last(tensor) if copy else tensor for tensor, copy in zip((x, y), plan.copies, strict=True))
     with device_guard(x):
         if splits == 1:
-            plan.kernel[plan.grid](x, y, weight, *plan.sizes, **plan.constants)
+            plan.launch(x, y, weight)
             return
         partial = torch.empty(
             splits * weight.numel(),
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
             device=x.device,
         )
-        plan.kernel[plan.grid](x, y, partial, *plan.sizes, **plan.constants)
+        plan.launch(x, y, partial)
         reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
             partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
         )

@@ -13,7 +13,7 @@ from ..runtime import Device, device_guard, device_of
 from . import access, launch, zones
 from .access import Layout, layout_of
 from .config import choose_config
-from .launch import Geometry, Plan
+from .launch import ConvPlan, Geometry
 from .transpose import to_channels_last
 
 
@@ -32,7 +32,7 @@ def plan_pyramid(
     dtype: torch.dtype,
     tf32: bool,
     device: Device,
-) -> Plan | None:
+) -> ConvPlan | None:
     """Launch of all branches, for weights of shapes (K_i, C, *kernel_i); None where the zones are too many."""
     size, in_channels = x.shape[2:], x.shape[1]
     branches, channel, element = [], 0, 0
@@ -124,16 +124,14 @@ def apply_pyramid(
     table = zones.on_device(plan.table, x.device)
     bias = torch.cat(list(biases)) if biases else None
     with device_guard(x):
-        plan.kernel[plan.grid](
+        plan.launch(
             x,
             _pack_weights(weights),
             bias,
             None,
             y,
             table,
-            *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=False,
             RELU=relu,
-            **plan.constants,
         )

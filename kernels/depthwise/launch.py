@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..conv.access import Layout, layout_of
 from ..conv.config import choose_splits
-from ..conv.launch import REDUCE_BLOCK, Geometry, Layout, Plan, layout_of
+from ..conv.launch import REDUCE_BLOCK, Geometry
 from ..conv.weight_grad import reduce_splits_kernel
-from ..runtime import Device, device_guard, device_of, three
+from ..runtime import Device, Plan, device_guard, device_of, three
 from .apply import depthwise_apply_kernel
 from .config import DepthwiseConfig, choose_config, columns_of_a_lane
 from .weight_grad import depthwise_weight_grad_kernel
@@ -192,17 +193,15 @@ def _launch_forward(
     packed = weight.flatten(1)
     packed = packed.t().contiguous() if plan.constants["CHANNELS_LAST"] else packed.contiguous()
     with device_guard(x):
-        plan.kernel[plan.grid](
+        plan.launch(
             x,
             packed,
             bias,
             residual,
             y,
-            *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             RELU=relu,
-            **plan.constants,
         )
 
 
@@ -258,14 +257,14 @@ def weight_grad(
     splits = plan.grid[1]
     with device_guard(x):
         if splits == 1:
-            plan.kernel[plan.grid](x, y, weight, *plan.sizes, **plan.constants)
+            plan.launch(x, y, weight)
             return
         partial = torch.empty(
             splits * weight.numel(),
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
             device=x.device,
         )
-        plan.kernel[plan.grid](x, y, partial, *plan.sizes, **plan.constants)
+        plan.launch(x, y, partial)
         reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
             partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
         )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, device_guard, three
+from ..runtime import INTERPRETED, Plan, device_guard, three
+from .config import choose_config
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
 
-# Unmeasured. Four elements a lane on NVIDIA: 8-bit offsets are stored as 32 bits, bf16 as 64. And taps that unroll
-# without too much code.
-BLOCK = 512
-UNROLLED_TAPS = 27
+UNROLLED_TAPS = 27  # unmeasured: taps that unroll without too much code
 INTERPRETED_BLOCK = 4096  # the interpreter's time goes by programs, not by their size
 ALIGNED = 16  # elements
 
@@ -39,15 +38,21 @@ def constants_of(windows: Windows, result: torch.Tensor, read: torch.Tensor, ind
     vec = ALIGNED if (result.shape[1] if channels_last else result.numel()) % ALIGNED == 0 else 1
     n, c, *spatial = read.stride()
     side_by_side = channels_last and c == 1 and not any(stride % ALIGNED for stride in (n, *spatial))
-    return constants | {
+    constants |= {
         "NDIM": len(windows.kernel),
         "CHANNELS_LAST": channels_last,
         "VEC": vec,
         "READ_VEC": vec if side_by_side else 1,
         "INDEX": tl.int32 if max(result.numel(), read.numel()) < 2**31 - 2**16 else tl.int64,
         "OFFSETS": index.dtype == torch.uint8,
-        "BLOCK": INTERPRETED_BLOCK if INTERPRETED else BLOCK,
     }
+    return constants | block_constants(math.prod(windows.kernel))
+
+
+def block_constants(taps: int) -> dict[str, Any]:
+    """The configuration's."""
+    config = choose_config(taps)
+    return {"BLOCK": INTERPRETED_BLOCK if INTERPRETED else config.block, "num_warps": config.num_warps}
 
 
 def reduction_constants(windows: Windows, result: torch.Tensor) -> dict[str, Any]:
@@ -59,32 +64,58 @@ def reduction_constants(windows: Windows, result: torch.Tensor) -> dict[str, Any
     }
 
 
+class Layout(NamedTuple):
+    """All of a tensor that a launch depends on but the values."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> torch.Tensor:
+        """One like it, without values."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+def _layout_of(tensor: torch.Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _plan(kernel: Any, windows: Windows, x_layout: Layout, y_layout: Layout, index: torch.dtype, total: bool) -> Plan:
+    """Of the kernels that know windows; `total` is the spread's."""
+    x, y = x_layout.tensor(), y_layout.tensor()
+    result, read = (x, y) if kernel is spread_kernel else (y, x)
+    constants = constants_of(windows, result, read, torch.empty(0, dtype=index, device="meta"))
+    if kernel is not pick_kernel:
+        constants |= reduction_constants(windows, result)
+    if kernel is spread_kernel:
+        constants["SUM"] = total
+    vec, (n, c, *spatial) = constants["VEC"], read.stride()
+    sizes = (
+        result.numel() // vec,
+        result.shape[1] // (vec if constants["CHANNELS_LAST"] else 1),
+        *three(x.shape[2:], 1),
+        *three(y.shape[2:], 1),
+        *three(windows.padding, 0),
+        n,
+        c,
+        *three(spatial, 0),
+    )
+    return Plan(kernel, (triton.cdiv(result.numel(), constants["BLOCK"]),), sizes, constants)
+
+
 def _launch(
     kernel: Any,
     pointers: Sequence[torch.Tensor],
-    sizes: tuple[Sequence[int], Sequence[int]],
-    result: torch.Tensor,
-    read: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    index: torch.Tensor,
     windows: Windows,
-    constants: dict[str, Any],
+    total: bool = False,
 ) -> None:
-    """`sizes` are the image's and the pooled side's."""
-    if result.numel() == 0:
-        return
-    vec, (n, c, *spatial) = constants["VEC"], read.stride()
-    with device_guard(result):
-        kernel[(triton.cdiv(result.numel(), constants["BLOCK"]),)](
-            *pointers,
-            result.numel() // vec,
-            result.shape[1] // (vec if constants["CHANNELS_LAST"] else 1),
-            *three(sizes[0], 1),
-            *three(sizes[1], 1),
-            *three(windows.padding, 0),
-            n,
-            c,
-            *three(spatial, 0),
-            **constants,
-        )
+    if (x if kernel is spread_kernel else y).numel():
+        with device_guard(x):
+            _plan(kernel, windows, _layout_of(x), _layout_of(y), index.dtype, total).launch(*pointers)
 
 
 def max_pool(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, windows: Windows) -> None:
@@ -92,8 +123,7 @@ def max_pool(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, windows: Win
 
     Shapes: x (N, C, *in), y and index (N, C, *out), both contiguous or both channels_last.
     """
-    constants = constants_of(windows, y, x, index) | reduction_constants(windows, y)
-    _launch(max_pool_kernel, (x, y, index), (x.shape[2:], y.shape[2:]), y, x, windows, constants)
+    _launch(max_pool_kernel, (x, y, index), x, y, index, windows)
 
 
 def spread(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor, windows: Windows, *, total: bool) -> None:
@@ -101,8 +131,7 @@ def spread(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor, windows: Windo
 
     Shapes: y and index (N, C, *out), of equal strides; x (N, C, *in), contiguous or channels_last.
     """
-    constants = constants_of(windows, x, y, index) | reduction_constants(windows, x) | {"SUM": total}
-    _launch(spread_kernel, (y, index, x), (x.shape[2:], y.shape[2:]), x, y, windows, constants)
+    _launch(spread_kernel, (y, index, x), x, y, index, windows, total)
 
 
 def pick(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor, windows: Windows) -> None:
@@ -110,8 +139,7 @@ def pick(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor, windows: Windows
 
     Shapes: x (N, C, *in), index and y (N, C, *out), both contiguous or both channels_last.
     """
-    constants = constants_of(windows, y, x, index)
-    _launch(pick_kernel, (x, index, y), (x.shape[2:], y.shape[2:]), y, x, windows, constants)
+    _launch(pick_kernel, (x, index, y), x, y, index, windows)
 
 
 def max_unpool(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
@@ -123,8 +151,9 @@ def max_unpool(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
         return
     outside, inside = math.prod(y.shape[2:]), math.prod(x.shape[2:])
     owner = torch.full(x.shape, -1, dtype=torch.int64, device=x.device)
-    block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
+    constants = block_constants(1)
+    block = constants["BLOCK"]
     with device_guard(x):
         if y.numel():
-            claim_kernel[(triton.cdiv(y.numel(), block),)](index, owner, y.numel(), outside, inside, BLOCK=block)
-        fill_kernel[(triton.cdiv(x.numel(), block),)](y, owner, x, x.numel(), outside, inside, BLOCK=block)
+            claim_kernel[(triton.cdiv(y.numel(), block),)](index, owner, y.numel(), outside, inside, **constants)
+        fill_kernel[(triton.cdiv(x.numel(), block),)](y, owner, x, x.numel(), outside, inside, **constants)

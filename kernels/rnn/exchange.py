@@ -1,7 +1,7 @@
 """How programs that run at once tell each other that a step is done, and a probe of what that costs.
 
 Which way `sharded` takes is decided here, by `ASSEMBLY`: the counter is polled in assembly on NVIDIA, by atomics
-elsewhere. Neither was timed yet; `python -m backstride.bench.probe_rnn` does it.
+elsewhere. Neither was timed yet; `python -m backstride.bench probe` does it.
 """
 
 import triton

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, device_guard, device_of
+from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of
 from .config import RESIDENT, SHARDED, RnnConfig, choose_config
 from .exchange import COUNTER_LINE
 from .resident import rnn_resident_kernel
@@ -79,68 +80,60 @@ def scan(
         effect: e_t: "tanh", "relu", "tanh_derivative" (z (1 - gate^2)), "relu_derivative" (z where gate > 0) or
             "factor" (z gate).
     """
-    directions, hidden = x.shape[-2:]
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
-    config = choose(batch, hidden, directions, x, tf32)
-    constants = constants_of(x, effect, backward, tf32, config) | {
-        "PACKED": packing is not None,
-        "HAS_FIRST": first is not None,
-        "HAS_FACTOR": factor is not None,
-    }
+    flags = packing is not None, first is not None, factor is not None
+    regime, plan = _plan(
+        steps, batch, x.shape, x.stride(), x.dtype, matrix.stride(), flags, effect, backward, tf32, device_of(x)
+    )
     offsets = packing.offsets if packing else None
-    strides = ((0, x.stride(0)) if packing else x.stride()[:2]) + (x.stride(-2), *matrix.stride())
-    tiles = triton.cdiv(batch, config.block_b)
     with device_guard(x):
-        if config.regime == RESIDENT:
-            rnn_resident_kernel[(tiles, directions)](
-                x, gate, first, matrix, offsets, y, factor, steps, batch, *strides, **constants
-            )
-            return
-        shards = triton.cdiv(hidden, config.block_n)
-        grid = (tiles, shards, directions)
-        constants |= {
-            "BLOCK_K": config.block_k,
-            "COUNTER_LINE": COUNTER_LINE,
-            "ASSEMBLY": torch.version.hip is None and not INTERPRETED,
-        }
-        if config.regime == SHARDED:
-            if not INTERPRETED:
-                # The driver refuses a grid that can't run all at once: an error, where waiting would never end.
-                constants["launch_cooperative_grid"] = True
+        if regime == RESIDENT:
+            plan.launch(x, gate, first, matrix, offsets, y, factor)
+        elif regime == SHARDED:
+            tiles, _, directions = plan.grid
             counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
-            rnn_sharded_kernel[grid](
-                x,
-                gate,
-                first,
-                matrix,
-                offsets,
-                counters,
-                y,
-                factor,
-                steps,
-                batch,
-                *strides,
-                0,
-                steps,
-                PERSISTENT=True,
-                **constants,
-            )
-            return
-        for step in range(steps):
-            rnn_sharded_kernel[grid](
-                x,
-                gate,
-                first,
-                matrix,
-                offsets,
-                None,
-                y,
-                factor,
-                steps,
-                batch,
-                *strides,
-                step,
-                step + 1,
-                PERSISTENT=False,
-                **constants,
-            )
+            plan.launch(x, gate, first, matrix, offsets, counters, y, factor, more=(0, steps))
+        else:
+            for step in range(steps):
+                plan.launch(x, gate, first, matrix, offsets, None, y, factor, more=(step, step + 1))
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    steps: int,
+    batch: int,
+    shape: torch.Size,
+    x_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    matrix_strides: tuple[int, ...],
+    flags: tuple[bool, bool, bool],
+    effect: str,
+    backward: bool,
+    tf32: bool,
+    device: Device,
+) -> tuple[str, Plan]:
+    """The regime and its launch; of one step in the stepwise regime, of all in the others."""
+    directions, hidden = shape[-2:]
+    packed, has_first, has_factor = flags
+    config = choose_config(batch, hidden, directions, dtype.itemsize, uses_tensor_cores(dtype, tf32), device)
+    x = torch.empty_strided(shape, x_strides, dtype=dtype, device="meta")
+    constants = constants_of(x, effect, backward, tf32, config) | {
+        "PACKED": packed,
+        "HAS_FIRST": has_first,
+        "HAS_FACTOR": has_factor,
+    }
+    sizes = (steps, batch, *((0, x_strides[0]) if packed else x_strides[:2]), x_strides[-2], *matrix_strides)
+    tiles = triton.cdiv(batch, config.block_b)
+    if config.regime == RESIDENT:
+        return RESIDENT, Plan(rnn_resident_kernel, (tiles, directions), sizes, constants)
+    constants |= {
+        "BLOCK_K": config.block_k,
+        "COUNTER_LINE": COUNTER_LINE,
+        "ASSEMBLY": torch.version.hip is None and not INTERPRETED,
+        "PERSISTENT": config.regime == SHARDED,
+    }
+    if config.regime == SHARDED and not INTERPRETED:
+        # The driver refuses a grid that can't run all at once: an error, where waiting would never end.
+        constants["launch_cooperative_grid"] = True
+    grid = (tiles, triton.cdiv(hidden, config.block_n), directions)
+    return config.regime, Plan(rnn_sharded_kernel, grid, sizes, constants)

@@ -1,0 +1,172 @@
+"""Whole networks: forward, loss and backward of one training step, fused against torch.
+
+The optimiser's step, alike in both, is left out. fp32 weights throughout; bf16 means autocast, as one trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.language.char_rnn import CharRNN
+from ..models.layers import Ops
+from ..models.segmentation.segnet import SegNet, SegNetBasic
+from ..models.segmentation.unet import UNet
+from .case import Case
+
+VOCABULARY = 65  # characters in tinyshakespeare
+
+
+@dataclass(frozen=True)
+class Network:
+    """`build(ops=...)` makes the network; `size` is its input's shape (N, C, H, W), or (T, N) for text."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    size: tuple[int, ...]
+    check: tuple[int, ...]  # a size on which it is compared with fp64
+    tiny_build: Callable[..., nn.Module] | None = None  # for the interpreter; None: another stands for it
+    tiny_size: tuple[int, ...] = ()
+    quick: bool = False  # also timed under --quick
+
+    def tiny(self) -> Network:
+        build = self.tiny_build or self.build
+        return replace(self, build=build, size=self.tiny_size, check=self.tiny_size)
+
+
+NETWORKS = [
+    Network(
+        "U-Net",
+        partial(UNet, 3, 2, padding="same", dropout=0.0),
+        (16, 3, 512, 512),
+        (1, 3, 64, 64),
+        partial(UNet, 3, 2, width=4, depth=1, padding="same", dropout=0.0),
+        (1, 3, 8, 8),
+        quick=True,
+    ),
+    Network(
+        "U-Net, valid",
+        partial(UNet, 3, 2, dropout=0.0),
+        (1, 3, 572, 572),
+        (1, 3, 188, 188),
+    ),
+    Network(
+        "SegNet",
+        SegNet,
+        (4, 3, 360, 480),
+        (2, 3, 64, 96),
+        partial(SegNet, stages=((4,), (6,))),
+        (2, 3, 9, 8),
+        quick=True,
+    ),
+    Network("SegNet-Basic", SegNetBasic, (8, 3, 360, 480), (2, 3, 64, 96)),
+    Network(
+        "char-RNN",
+        partial(CharRNN, VOCABULARY),
+        (50, 50),
+        (50, 50),
+        partial(CharRNN, VOCABULARY, width=16),
+        (4, 2),
+        quick=True,
+    ),
+]
+
+
+class Step:
+    """Forward, mean cross-entropy and backward of one network with weights and targets from a fixed seed.
+
+    Called with x, it returns the gradients by all parameters in one vector. Text networks read characters made from x.
+    """
+
+    def __init__(self, build: Callable[..., nn.Module], ops: Ops, compiled: bool = False) -> None:
+        self.build, self.ops, self.compiled = build, ops, compiled
+        self.state: dict[Any, tuple[Callable[..., Any], list[nn.Parameter], Tensor, Tensor]] = {}
+
+    def prepare(self, x: Tensor) -> tuple[Callable[..., Any], list[nn.Parameter], Tensor, Tensor]:
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(0)
+        module = self.build(ops=self.ops)
+        torch.set_rng_state(generator_state)
+        module.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        text = x.dim() == 2
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # Random thousandths: the same in every dtype that x may come in.
+        data = (x.double().abs() * 1e3).long() % VOCABULARY if text else x
+        with torch.no_grad():
+            logits = _logits(module(data.float() if not text and x.dtype != torch.float64 else data))
+        classes = logits.shape[1]
+        shape = (logits.shape[0], *logits.shape[2:])
+        targets = (torch.arange(prod(shape), device=x.device) * 7 // 3 % classes).view(shape)
+        function = module
+        if self.compiled:
+            torch._dynamo.reset()
+            function = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
+        return function, list(module.parameters()), data, targets
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = x.dtype, x.shape, x.stride(), x.device
+        if key not in self.state:
+            self.state[key] = self.prepare(x)
+        function, parameters, data, targets = self.state[key]
+        low = x.dtype in (torch.bfloat16, torch.float16)
+        data = data.float() if low and data.is_floating_point() else data
+        with torch.autocast(x.device.type, x.dtype if low else torch.bfloat16, enabled=low):
+            logits = _logits(function(data))
+        loss = F.cross_entropy(logits if x.dtype == torch.float64 else logits.float(), targets)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def _logits(output: Any) -> Tensor:
+    """Logits with the classes on axis 1, from a network for images, or from one for text with its state."""
+    return output[0].flatten(0, 1) if isinstance(output, tuple) else output
+
+
+@lru_cache
+def flop(network: Network) -> int:
+    """Of one training step of torch's network, counted on tensors without data."""
+    with torch.device("meta"):
+        module = network.build(ops="torch")
+        text = len(network.size) == 2
+        x = torch.zeros(network.size, dtype=torch.long) if text else torch.zeros(network.size)
+        with FlopCounterMode(display=False) as counter:
+            _logits(module(x)).sum().backward()
+    return counter.get_total_flops()
+
+
+def case(network: Network, dtype: torch.dtype) -> Case:
+    def make(size: tuple[int, ...], check: Case | None, compiled: bool) -> Case:
+        return Case(
+            "network",
+            "whole networks, training step",
+            network.name,
+            "x".join(map(str, size)),
+            "forward and backward",
+            dtype,
+            (size,),
+            flop=flop(network) if check else 0,
+            # The floor is that of the products alone: what has to pass through memory depends on what is fused.
+            bytes=0,
+            reduction=None,
+            ours=Step(network.build, "fused"),
+            theirs=Step(network.build, "torch"),
+            compiled=Step(network.build, "torch", compiled=True) if compiled else None,
+            check=check,
+        )
+
+    return make(network.size, make(network.check, None, False), True)
+
+
+def cases(quick: bool, tiny: bool) -> list[Case]:
+    """Every network in bf16 (autocast) and fp32; `quick`: some, in bf16."""
+    networks = [n for n in NETWORKS if (n.quick or not quick) and (n.tiny_build or not tiny)]
+    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+    return [case(network.tiny() if tiny else network, dtype) for dtype in dtypes for network in networks]

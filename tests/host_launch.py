@@ -1,0 +1,54 @@
+"""Launches as on a GPU, with a driver whose launch does nothing: run by test_bench.py in a process of its own, since
+Triton must not interpret here."""
+
+import torch
+from backstride.bench import host
+
+
+def record_launches(monitored):
+    """The stub's launcher, which also notes what it was given and what the kernel was compiled for."""
+
+    def launcher(source, metadata):
+        def launch(*arguments):
+            arguments = arguments[:6] + arguments[7:]  # the seventh describes the launch to profilers, anew each time
+            described = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments]
+            monitored.append((str(source.attrs), metadata.name, [a for a in described if not callable(a)]))
+
+        return launch
+
+    return staticmethod(launcher)
+
+
+def check_second_launch_is_the_first():
+    """A kept launch hands over what Triton's own look-up handed over."""
+    launches = []
+    host._Driver.launcher_cls = record_launches(launches)
+    with host.stubbed_launch(), torch.no_grad():
+        for op, (ours, _) in host.calls("cpu").items():
+            launches.clear()
+            ours()
+            first = list(launches)
+            launches.clear()
+            ours()
+            assert first and launches == first, op
+
+
+def check_alignment_is_looked_at():
+    """A tensor that starts between two 16-byte lines can't take a kernel that loads whole ones."""
+    launches = []
+    host._Driver.launcher_cls = record_launches(launches)
+    whole = torch.randn(1 * 8 * 8 * 8 + 1)
+    weight = torch.randn(8, 8, 3, 3)
+    with host.stubbed_launch(), torch.no_grad():
+        for offset in (0, 1, 0, 1):
+            host.fused_ops.conv2d(whole[offset : offset + 512].view(1, 8, 8, 8), weight)
+    compiled_for = [attributes for attributes, *_ in launches]
+    assert compiled_for[0] == compiled_for[2] and compiled_for[1] == compiled_for[3]
+    assert compiled_for[0] != compiled_for[1]
+
+
+if __name__ == "__main__":
+    check_second_launch_is_the_first()
+    check_alignment_is_looked_at()
+    rows = host.measure(rounds=2, repeats=5)
+    assert {row.op for row in rows} == set(host.calls("cpu")) and all(row.ours_us > 0 for row in rows)

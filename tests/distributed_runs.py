@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,8 @@ def in_processes(work: Callable[[], None], count: int = 2) -> None:
                 work()
                 distributed.leave()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)

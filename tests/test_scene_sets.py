@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backstride.models.cli import app
 from backstride.models.data import cityscapes, voc
 from backstride.models.data.cityscapes import Cityscapes
 from backstride.models.data.sets import SceneFolder, detect, open_split
 from backstride.models.data.voc import PascalVOC
+from backstride.models.training.config import SceneConfig
+from backstride.models.training.scenes import SceneTask, open_scenes
 from PIL import Image
+from typer.testing import CliRunner
 
 DRAW = np.random.default_rng(0)
 SIZES = [(6, 8), (5, 9)]
@@ -239,3 +243,55 @@ def test_a_large_set_is_read_from_disk_each_time_and_checked_first(city: Path, m
     save_mask(path, np.full((5, 7), 99, np.uint8))
     with pytest.raises(ValueError, match="bonn.* holds the value 99"):
         Cityscapes(city, "train")
+
+
+def task_on(root: Path, **settings) -> SceneTask:
+    fixed = {"network": "segnet-basic", "width": 2, "ops": "torch", "batch_size": 2}
+    training, validation, config = open_scenes(SceneConfig(data=str(root), **(fixed | settings)))
+    return SceneTask(config, training, validation)
+
+
+def test_images_of_several_sizes_are_trained_on_in_windows(devkit: Path):
+    with pytest.raises(
+        ValueError, match=r"the images have 2 sizes, from 5 x 9 to 6 x 8 pixels, and a batch .*--crop 321"
+    ):
+        task_on(devkit)
+    task_on(devkit, batch_size=1)
+    task = task_on(devkit, crop=4)
+    images, targets, weights = task.batch(0)
+    assert images.shape == (2, 3, 4, 4) and targets.shape == weights.shape == (2, 4, 4)
+    larger = task_on(devkit, crop=12, class_weights="none")
+    images, targets, weights = larger.batch(0)
+    assert images.shape == (2, 3, 12, 12) and torch.equal(weights, (targets != 255).float())
+    with pytest.raises(ValueError, match="crop=-1: must be positive, or 0"):
+        task_on(devkit, crop=-1)
+
+
+def test_windows_of_image_and_mask_lie_on_each_other(tmp_path: Path):
+    for number in range(3):
+        mask = save_mask(tmp_path / "label" / f"{number}.png", DRAW.integers(0, 3, (9, 11), dtype=np.uint8))
+        save_mask(tmp_path / "image" / f"{number}.png", 80 * mask)
+    task = task_on(tmp_path, crop=5)
+    for step in range(4):
+        images, targets, _ = task.batch(step)
+        red = images[:, 0] * task.config.std[0] + task.config.mean[0]
+        torch.testing.assert_close(red * 255 / 80, targets.float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["voc", "cityscapes", "folder"])
+def test_the_command_trains_on_each_set(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+    fixtures = {"voc": "devkit", "cityscapes": "city"}
+    data = request.getfixturevalue(fixtures[kind]) if kind in fixtures else folder_of(tmp_path / "own", 4)
+    out = tmp_path / "run"
+    options = f"--data {data} --out {out} --width 2 --steps 1 --batch-size 2 --crop 8 --ops torch"
+    if kind == "voc":
+        options += " --split train_aug"
+    done = CliRunner().invoke(app, ["train", "segnet-basic", *options.split()])
+    assert done.exit_code == 0, done.output
+    assert "val split" in done.output and (out / "overlay.png").stat().st_size > 5000
+    config = SceneConfig.read(out)
+    assert (config.dataset, len(config.classes)) == (kind, {"voc": 21, "cityscapes": 19, "folder": 3}[kind])
+    picture = tmp_path / "picture.png"
+    save_image(picture, (20, 90))
+    done = CliRunner().invoke(app, ["predict", str(picture), "--checkpoint", str(out), "--out", str(tmp_path / "p")])
+    assert done.exit_code == 0, done.output

@@ -17,6 +17,14 @@ def without_interpreter() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
+def fuse_only(network: nn.Module, *prefixes: str) -> nn.Module:
+    """Leaves to torch all convolutions but those whose names begin so: interpreting a whole trunk takes minutes."""
+    for name, module in network.named_modules():
+        if hasattr(module, "ops") and not name.startswith(prefixes):
+            module.ops = "torch"  # pyright: ignore
+    return network
+
+
 class NetworkTests:
     """Subclass as `class TestX(NetworkTests)` and set the class variables.
 
@@ -36,6 +44,7 @@ class NetworkTests:
     """keyword arguments of the constructor"""
     tiny_sizes: ClassVar[dict[tuple[int, int], tuple[int, int]]]
     """height and width that the tiny network takes -> those of its output; the smallest first"""
+    batch_size: ClassVar[int] = 1
     training_steps: ClassVar[int] = 10
     learning_rate: ClassVar[float] = 0.02
 
@@ -53,8 +62,8 @@ class NetworkTests:
         return fused, torch_
 
     def sample(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(1, 1, *next(iter(self.tiny_sizes)), generator=generator, dtype=torch.float64).to(dtype)
+        generator, size = torch.Generator().manual_seed(1), next(iter(self.tiny_sizes))
+        return torch.randn(self.batch_size, 1, *size, generator=generator, dtype=torch.float64).to(dtype)
 
     def test_parameter_count(self):
         for channels, count in self.parameters.items():
@@ -114,7 +123,7 @@ class NetworkTests:
         losses = []
         for _ in range(steps):
             logits = network.train()(x)
-            loss = F.cross_entropy(logits, target.expand(1, *logits.shape[2:]))
+            loss = F.cross_entropy(logits, target.expand(len(logits), *logits.shape[2:]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -70,7 +70,7 @@ def set_output_stride(network: nn.Module, output_stride: int) -> None:
 def spread_out(layer: nn.Module, rate: int) -> None:
     """Lets a convolution take its inputs from `rate` times as far apart, in place; the output's size stays."""
     assert isinstance(layer, nn.Conv2d | nn.MaxPool2d)
-    if rate > 1:
+    if rate > 1 and _pair(layer.kernel_size) != (1, 1):
         layer.dilation = _times(rate, layer.dilation)
         layer.padding = _times(rate, layer.padding)
 

@@ -33,6 +33,13 @@ def _conv_transpose2d_concat(input: Tensor, skip: Tensor, weight: Tensor, bias: 
     return torch.cat([skip, F.conv_transpose2d(input, weight, bias, **options)], dim=1)
 
 
+def _atrous_pyramid(
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], dilations: tuple[int, ...], **_: Any
+) -> Tensor:
+    branches = zip(weights, biases, dilations, strict=True)
+    return torch.cat([F.conv2d(input, w, b, padding="same", dilation=d) for w, b, d in branches], dim=1)
+
+
 def _sequence(tensors: list[Tensor]) -> tuple[Any, ...]:
     """Arguments of torch.rnn_tanh for one layer: the weights in a list."""
     x, hx, *params = tensors
@@ -113,6 +120,12 @@ EXAMPLES = (
         _conv_transpose2d_concat,
         ((2, 6, 5, 7), (2, 3, 10, 14), (6, 3, 2, 2), (3,)),
         {"stride": 2},
+    ),
+    Example(
+        "atrous_pyramid",
+        _atrous_pyramid,
+        ((2, 5, 9, 11), (7, 5, 1, 1), (4, 5, 3, 3), (3, 5, 3, 3), (7,), (4,), (3,)),
+        arrange=lambda tensors: (tensors[0], tensors[1:4], tensors[4:], (1, 3, 12)),
     ),
     *_pool_examples(),
     Example("rnn_tanh", torch.rnn_tanh, ((5, 3, 6), (1, 3, 19), (19, 6), (19, 19), (19,), (19,)), arrange=_sequence),

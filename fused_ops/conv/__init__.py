@@ -11,6 +11,7 @@ from .functional import (
     conv_transpose3d,
 )
 from .modules import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .pyramid import atrous_pyramid
 
 __all__ = [
     "Conv1d",
@@ -19,6 +20,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "atrous_pyramid",
     "conv1d",
     "conv2d",
     "conv3d",

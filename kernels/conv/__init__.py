@@ -12,5 +12,6 @@ and written where they lie. 1-D and 2-D are 3-D with the leading axes of size 1 
 """
 
 from .launch import Geometry, apply, apply_transposed, weight_grad
+from .pyramid import apply_pyramid, describe_pyramid, same_geometry
 
-__all__ = ["Geometry", "apply", "apply_transposed", "weight_grad"]
+__all__ = ["Geometry", "apply", "apply_pyramid", "apply_transposed", "describe_pyramid", "same_geometry", "weight_grad"]

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 
 from ..runtime import INTERPRETED, Device, device_guard, device_of, three
+from . import zones
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
+from .apply_zones import conv_zones_kernel
 from .config import ConvConfig, choose_config, choose_splits
 from .weight_grad import conv_weight_grad_kernel, reduce_splits_kernel
 
@@ -43,6 +45,8 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
+    table: zones.Table | None = None  # of the zones, where the launch goes over zones
+    note: str = ""  # for people
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
@@ -126,6 +130,54 @@ def _layer_constants(
     }
 
 
+def _worthwhile_zones(
+    x: Layout, weight: tuple[int, ...], y: Layout, geometry: Geometry, config: ConvConfig, transposed: bool
+) -> zones.Branch | None:
+    """The layer with its zones, where these are few and spare enough taps; decided by sizes and tile alone."""
+    kernel, (stride, padding, dilation, groups) = weight[2:], geometry
+    if math.prod(weight) >= 2**31:
+        return None
+    found = zones.find_zones(kernel, stride, padding, dilation, x.shape[2:], y.shape[2:], transposed)
+    plain = zones.plain_tile_taps(kernel, stride, y.shape[2:], transposed, y.shape[0], config.block_m)
+    zoned = zones.tile_taps(found, y.shape[0], config.block_m)
+    if len(found) > zones.MOST_ROWS or zoned > zones.WORTH * plain:
+        return None
+    channels = weight[1] if transposed else weight[0] // groups
+    return zones.Branch(found, kernel, channels, weight[1], 0, 0)
+
+
+def _zones_note(branch: zones.Branch, geometry: Geometry, transposed: bool) -> str:
+    share = zones.met_share(branch.zones, branch.kernel, geometry.stride, transposed)
+    return f"validity zones: {share:.0%} of the taps meet pixels"
+
+
+def _zones_plan(
+    branches: Sequence[zones.Branch],
+    x: Layout,
+    y: Layout,
+    groups: int,
+    constants: dict[str, Any],
+    transposed: bool,
+    note: str,
+) -> Plan:
+    """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
+    in_vec, out_vec = constants["IN_VEC"], constants["OUT_VEC"]
+    table = zones.make_table(
+        branches,
+        y.shape[0],
+        groups,
+        constants["BLOCK_M"],
+        constants["BLOCK_N"],
+        out_vec,
+        out_vec if transposed else in_vec,
+    )
+    names = set(conv_zones_kernel.arg_names) | {"num_warps", "num_stages"}
+    constants = {name: value for name, value in constants.items() if name in names}
+    constants |= {"ROWS": len(table.rows), "TRANSPOSED": transposed}
+    sizes = (x.shape[0], groups, x.shape[1] // groups // in_vec, *_strides(x), *_strides(y))
+    return Plan(conv_zones_kernel, (table.programs,), sizes, constants, table, note)
+
+
 @lru_cache(maxsize=4096)
 def plan_apply(
     x: Layout,
@@ -151,6 +203,8 @@ def plan_apply(
         "INDEX": _index_dtype(pixels),
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
+    if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
+        return _zones_plan([found], x, y, geometry.groups, constants, False, _zones_note(found, geometry, False))
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
     return Plan(conv_apply_kernel, grid, sizes, constants)
@@ -205,6 +259,8 @@ def plan_apply_transposed(
     config = choose_config(rows, columns, a, dtype.itemsize, tensor_cores, wide, device, phases)
     constants["INDEX"] = _index_dtype(rows)
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
+    if not scatter and (found := _worthwhile_zones(x, weight, y, geometry, config, True)):
+        return _zones_plan([found], x, y, geometry.groups, constants, True, _zones_note(found, geometry, True))
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], sx, sy)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
     return Plan(launched, (phases * tiles,), sizes, constants)
@@ -288,6 +344,7 @@ def _launch_forward(
     if y.numel() == 0:
         return
     plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
+    tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.kernel[plan.grid](
             x,
@@ -295,6 +352,7 @@ def _launch_forward(
             bias,
             residual,
             y,
+            *tables,
             *plan.sizes,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,

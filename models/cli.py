@@ -2,10 +2,9 @@
 
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -16,12 +15,13 @@ from .language.commands import sample_text, train_char_rnn
 from .language.hello import show_hello
 from .layers import Ops
 from .options import DeviceOption, ResumeOption, console, find_device, given_settings
-from .predict import predict_probability, read_image, save_prediction
 from .recurrent.bptt import show_bptt
-from .segmentation.commands import train_scenes
+from .segmentation.commands import predict, train_scenes
+from .segmentation.networks import NETWORKS
 from .segmentation.unet import Padding
+from .training import distributed
 from .training.checkpoint import write_json
-from .training.config import Optimizer, SceneNetwork, SegmentationConfig
+from .training.config import Optimizer, SegmentationConfig
 from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
 from .training.train import train
 
@@ -36,8 +36,10 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train a network.")
 app.add_typer(train_app, name="train")
 train_app.command("char-rnn")(train_char_rnn)
-for scene_network in get_args(SceneNetwork):
-    train_app.command(scene_network)(train_scenes)
+for name, scene_network in NETWORKS.items():
+    summary = f"Train {scene_network.paper} on scenes."
+    train_app.command(name, short_help=summary, help=f"{summary}\n\n{train_scenes.__doc__}")(train_scenes)
+app.command("predict")(predict)
 app.command("sample")(sample_text)
 show_app = typer.Typer(no_args_is_help=True, help="Show one idea of recurrent networks in numbers.")
 app.add_typer(show_app, name="show")
@@ -99,9 +101,12 @@ def train_unet(
     if val:
         given["validation"] = parse_indices(val)
     config = replace(SegmentationConfig.read(out) if resume else DEFAULT, **given)
+    where = distributed.join(find_device(device))
     training, validation, config = open_data(config)
-    task = SegmentationTask(config, training, validation, find_device(device))
+    task = SegmentationTask(config, training, validation, where)
     train(task, config, out, resume=resume, console=console)
+    if distributed.rank() > 0:
+        return
 
     network, _ = load_network(out)
     network.to(task.device)
@@ -119,34 +124,6 @@ def train_unet(
         f"backstride predict --checkpoint {out} --out predictions IMAGE...",
         highlight=False,
     )
-
-
-@app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures of any size.")],
-    checkpoint: Annotated[Path, typer.Option(help="Folder of a training run.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
-    tile: Annotated[int, typer.Option(help="Input size of a tile; default: as in training.")] = 0,
-    average: Annotated[
-        bool, typer.Option("--average", help="Average over the image's eight rotations and reflections.")
-    ] = False,
-    device: DeviceOption = "auto",
-) -> None:
-    """Segment images with a trained network.
-
-    For each image it writes a class map, a probability map and an overlay as PNG.
-    """
-    network, config = load_network(checkpoint)
-    network.to(where := find_device(device))
-    for name, count in Counter(path.stem for path in images).items():
-        if count > 1:
-            raise ValueError(f"{count} images are named {name}: their results would overwrite each other")
-    for path in images:
-        image = read_image(path, network.in_channels)
-        probability = predict_probability(network, image.to(where), tile or config.tile, symmetries=average)
-        written = save_prediction(probability.cpu(), image, out, path.stem)
-        names = ", ".join(file.name for file in written)
-        console.print(f"{path} -> {out}: {names}", highlight=False, soft_wrap=True, markup=False)
 
 
 @show_app.command()
@@ -202,3 +179,9 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

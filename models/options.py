@@ -1,5 +1,6 @@
 """What the commands of the command line share."""
 
+import os
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes the GPU if there is one.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")]
 
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # torchrun's number for this process
 
 
 def given_settings(context: typer.Context, config: type[TrainingConfig]) -> dict[str, Any]:
@@ -27,8 +28,17 @@ def given_settings(context: typer.Context, config: type[TrainingConfig]) -> dict
 
 
 def find_device(device: Device) -> torch.device:
+    """The device of that name; of several GPUs the one that torchrun has given this process."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here (backstride doctor says more); use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    if device == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"torchrun started process {number}, counted from 0, but PyTorch finds {torch.cuda.device_count()} GPUs: "
+            "start as many processes as there are GPUs"
+        )
+    return torch.device("cuda", number)

@@ -1,15 +1,24 @@
-"""Prediction for images of any size: the overlap-tile strategy of the U-Net paper (its figure 2)."""
+"""Prediction for images of any size: the overlap-tile strategy of the U-Net paper (its figure 2), and its like for
+networks that pad with zeros."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data.augment import mirror_pad
-from .visual import class_map, overlay, probability_map, save_picture
+from .visual import Colour, class_map, overlay, probability_map, save_picture
+
+SCENE_PIXELS = 1024 * 2048
+"""The largest image that a scene network takes in one piece, if no tile is asked for."""
+SCENE_TILE = 1024
+_GRID = 32
+"""Pixels between which a scene network's coarsest cells lie."""
 
 
 class TileNetwork(Protocol):
@@ -91,6 +100,81 @@ def predict_probability(network: TileNetwork, image: Tensor, tile: int = 572, *,
     return total / 8
 
 
+@torch.no_grad()
+def predict_scene_logits(network: nn.Module, image: Tensor, tile: int = 0) -> Tensor:
+    """Logits [K, H, W] of a network for scenes, for a normalised image [C, H, W] of any size.
+
+    tile: 0 takes an image of up to 1024 x 2048 pixels in one piece, and tiles of 1024 for a larger one; any other
+        number of at least 64 is the largest height and width in one piece.
+
+    Tiles overlap by half: of each, the outer quarter is dropped, except at the image's own borders. They start at
+    multiples of 32 pixels, so that max-pools see the same grid in all of them. Where a pixel's logits depend on nothing
+    farther away than a quarter of the tile, the result is that of the whole image, but for the order of sums. Networks
+    that look at the whole image at once see the tile in its place.
+
+    An image smaller than `network.smallest`, if the network has that, is extended by mirroring. Puts the network into
+    no mode: call network.eval() first. ValueError for an image that is not [C, H, W] and for a tile below 64.
+    """
+    if image.dim() != 3 or 0 in image.shape:
+        raise ValueError(f"expected an image [C, H, W], got {list(image.shape)}")
+    if tile != 0 and tile < 2 * _GRID:
+        raise ValueError(f"tile={tile}: must be at least {2 * _GRID}, or 0 for one that fits")
+    height, width = image.shape[1:]
+    tile = tile or (max(height, width) if height * width <= SCENE_PIXELS else SCENE_TILE)
+    smallest = getattr(network, "smallest", 1)
+    rows = []
+    for top, bottom, kept_y in _windows(height, tile):
+        row = []
+        for left, right, kept_x in _windows(width, tile):
+            window = image[:, top:bottom, left:right]
+            missing_y, missing_x = (max(smallest - size, 0) for size in window.shape[1:])
+            row.append(network(mirror_pad(window, (0, missing_x, 0, missing_y))[None])[0][:, kept_y, kept_x])
+        rows.append(torch.cat(row, 2))
+    return torch.cat(rows, 1)
+
+
+def _windows(size: int, tile: int) -> Iterator[tuple[int, int, slice]]:
+    """Start and end of the tiles along one side of an image, and which part of each is kept."""
+    step = tile // 2 // _GRID * _GRID if size > tile else size
+    margin = (tile - step) // 2
+    for start in range(0, max(size - tile, 0) + step, step):
+        end = min(start + tile, size)
+        yield start, end, slice(margin if start else 0, margin + step if end < size else end - start)
+
+
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(image - mean) / std for each channel of an image [C, H, W]."""
+    return (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+
+
+@torch.no_grad()
+def predict_scene(
+    network: nn.Module,
+    image: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    scale: int = 1,
+    tile: int = 0,
+    mirrored: bool = False,
+) -> Tensor:
+    """Class probabilities [K, H, W], float32, of an image [C, H, W] in [0, 1], as the network was trained to see it.
+
+    mean, std: of the training's normalisation. scale: the image is made so many times smaller first, by averaging, and
+    the probabilities are interpolated back. mirrored: average with the prediction for the mirror image. tile as in
+    `predict_scene_logits`, in pixels of the smaller image.
+    """
+    height, width = image.shape[1:]
+    small = normalise(F.avg_pool2d(image, scale, ceil_mode=True), mean, std)
+    probability = predict_scene_logits(network, small, tile).float().softmax(0)
+    if mirrored:
+        turned = predict_scene_logits(network, small.flip(2), tile).float().softmax(0).flip(2)
+        probability = (probability + turned) / 2
+    if scale > 1:
+        probability = F.interpolate(probability[None], scale_factor=scale, mode="bilinear")[0].clamp_max(1)
+    return probability[:, :height, :width]
+
+
 def read_image(path: Path, channels: int) -> Tensor:
     """A picture file as float32 [channels, H, W] in [0, 1], as grey (1 channel) or RGB (3).
 
@@ -110,18 +194,26 @@ def read_image(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous()
 
 
-def save_prediction(probability: Tensor, image: Tensor, folder: Path, name: str) -> list[Path]:
+def save_prediction(
+    probability: Tensor,
+    image: Tensor,
+    folder: Path,
+    name: str,
+    classes: Sequence[str] | None = None,
+    colours: Sequence[Colour] = (),
+) -> list[Path]:
     """Writes `name`_classes.png, `name`_probability.png and `name`_overlay.png into `folder`; returns their paths.
 
-    probability: [K, H, W], image: [C, H, W] in [0, 1]. The probability map shows class 1 if there are two
-    classes, otherwise how probable the chosen class is.
+    probability: [K, H, W], image: [C, H, W] in [0, 1]; classes, colours: names for a legend of the overlay, and the
+    classes' colours. The probability map shows class 1 if there are two classes, otherwise how probable the chosen
+    class is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    confidence, classes = probability.max(0)
+    confidence, chosen = probability.max(0)
     pictures = {
-        "classes": class_map(classes),
+        "classes": class_map(chosen, colours),
         "probability": probability_map(probability[1] if len(probability) == 2 else confidence),
-        "overlay": overlay(image, classes),
+        "overlay": overlay(image, chosen, classes, colours),
     }
     paths = []
     for kind, picture in pictures.items():

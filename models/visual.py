@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import label
@@ -17,6 +18,7 @@ from torch import Tensor
 from .metrics import ConfusionMatrix
 
 IGNORE = 255
+Colour = tuple[int, int, int]
 
 # Okabe and Ito's colours, told apart by colour-blind readers too. Class 0 is left untinted.
 _COLOURS = [
@@ -66,10 +68,10 @@ def _write(data: bytes, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def class_map(mask: Tensor) -> Image.Image:
-    """[H, W] classes -> a palette picture whose pixel values are the classes (255 = ignored)."""
+def class_map(mask: Tensor, colours: Sequence[Colour] = ()) -> Image.Image:
+    """[H, W] classes -> a palette picture whose pixel values are the classes (255 = ignored), in `colours` if given."""
     picture = Image.fromarray(_classes(mask), mode="P")
-    picture.putpalette(palette().tobytes())
+    picture.putpalette(_with_own(colours).tobytes())
     return picture
 
 
@@ -84,27 +86,33 @@ def probability_map(probability: Tensor) -> Image.Image:
 
 
 def overlay(
-    image: Tensor, mask: Tensor, names: Sequence[str] | None = None, colours: Sequence[tuple[int, int, int]] = ()
+    image: Tensor, mask: Tensor, names: Sequence[str] | None = None, colours: Sequence[Colour] = ()
 ) -> Image.Image:
     """The image with each class's regions tinted and outlined; class 0 stays as it is, ignored pixels grey.
 
-    With `colours` (RGB, one for each class in order) class 0 is tinted like the others.
+    With `colours` (RGB, one for each class in order) class 0 is tinted like the others, but black ones are left as they
+    are.
 
     image: float [C, H, W] in [0, 1], one or three channels; mask: [H, W]; names: class names in order, for
-    a legend below the picture. Returns an RGB picture. Raises ValueError for shapes that do not fit.
+    a legend below the picture of those that occur. Returns an RGB picture. Raises ValueError for shapes that do not
+    fit.
     """
     pixels, classes = _rgb(image), _classes(mask)
     if pixels.shape[:2] != classes.shape:
         raise ValueError(f"image {list(image.shape)} and mask {list(mask.shape)} differ in size")
     hues = _with_own(colours)
-    shown, tinted_classes = hues[classes], classes >= (0 if len(colours) else 1)
+    shown = hues[classes]
+    tinted_classes = np.any(shown, axis=-1)
     tinted = np.where(tinted_classes[..., None], (1 - _TINT) * pixels + _TINT * shown, pixels)
     outlined = np.where((_outline(classes) & tinted_classes)[..., None], shown, tinted)
     picture = Image.fromarray(outlined.round().astype(np.uint8))
-    return picture if names is None else _with_legend(picture, names, hues)
+    if names is None:
+        return picture
+    occurring = [number for number in range(len(names)) if number in classes]
+    return _with_legend(picture, [names[number] for number in occurring], hues[occurring])
 
 
-def _with_own(colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def _with_own(colours: Sequence[Colour]) -> np.ndarray:
     hues = palette()
     hues[: len(colours)] = np.reshape(colours, (-1, 3))
     return hues
@@ -142,14 +150,15 @@ def _with_legend(picture: Image.Image, names: Sequence[str], colours: np.ndarray
     """Adds a strip of swatches and names, in as many lines as the picture's width asks for."""
     font = ImageFont.load_default(_FONT_SIZE)
     swatch, gap, line = _FONT_SIZE, 8, _FONT_SIZE + 10
-    places, x, y = [], gap, picture.height + 5
+    places, x, y, widest = [], gap, picture.height + 5, 0
     for name in names:
         width = swatch + gap + math.ceil(font.getlength(name)) + 2 * gap
         if x > gap and x + width > picture.width:
             x, y = gap, y + line
+        widest = max(widest, x + width)
         places.append((x, y))
         x += width
-    sheet = Image.new("RGB", (picture.width, y + line), "white")
+    sheet = Image.new("RGB", (max(picture.width, widest), y + line), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
     for (x, y), name, colour in zip(places, names, colours.tolist(), strict=False):
@@ -204,22 +213,27 @@ def sample_sheet(
     path: str | Path,
     columns: Sequence[str] = ("image", "truth", "before", "after"),
     names: Sequence[str] | None = None,
-    colours: Sequence[tuple[int, int, int]] = (),
+    classes: Sequence[str] = (),
+    colours: Sequence[Colour] = (),
 ) -> None:
     """Draws a table of pictures into a PNG: in each row an image and masks laid over it.
 
-    With two classes every connected region gets a colour of its own, so that merged and split regions show.
-    Masks after the truth carry their mean IoU.
+    Where the classes have no names, and two occur, every connected region gets a colour of its own, so that merged and
+    split regions show. Masks after the truth carry their mean IoU.
 
     rows: each an image [C, H, W], its truth [H, W] and further masks [H, W], one entry for each column;
-    names: a caption for each row; colours: as in `overlay`. Raises ValueError if a row and the columns differ in
-    number.
+    names: a caption for each row; classes: their names, for a legend; colours: as in `overlay`. Raises ValueError if a
+    row and the columns differ in number.
     """
     names = [""] * len(rows) if names is None else names
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} pictures does not fit the {len(columns)} columns {columns}")
-    figure = Figure(figsize=(2.9 * len(columns), 3.1 * len(rows) + 0.3), dpi=120, layout="constrained")
+    tallest = max(image.shape[1] / image.shape[2] for image, *_ in rows)
+    legend = _legend([mask for _, *masks in rows for mask in masks], classes, colours)
+    lines = math.ceil(len(legend) / (per_line := 2 * len(columns)))
+    height = (2.75 * tallest + 0.35) * len(rows) + 0.3 + 0.22 * lines
+    figure = Figure(figsize=(2.9 * len(columns), height), dpi=120, layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for number, ((image, truth, *masks), name) in enumerate(zip(rows, names, strict=True)):
         num_classes = 1 + max(int(torch.where(mask == IGNORE, 0, mask).max()) for mask in (truth, *masks))
@@ -227,7 +241,7 @@ def sample_sheet(
         cells[0].imshow(_rgb(image).astype(np.uint8))
         cells[0].set_ylabel(name)
         for axes, mask in zip(cells[1:], (truth, *masks), strict=True):
-            axes.imshow(overlay(image, _regions(mask) if num_classes == 2 else mask, colours=colours))
+            axes.imshow(overlay(image, mask if num_classes != 2 or classes else _regions(mask), colours=colours))
         for axes, mask in zip(cells[2:], masks, strict=True):
             scores = ConfusionMatrix(num_classes)
             scores.update(mask, truth)
@@ -237,7 +251,17 @@ def sample_sheet(
             axes.spines[:].set_visible(False)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=per_line, frameon=False)
     save_figure(figure, path)
+
+
+def _legend(masks: Sequence[Tensor], classes: Sequence[str], colours: Sequence[Colour]) -> list[Patch]:
+    """A patch for each class with a name that occurs in `masks`, and for the pixels that don't count."""
+    names = {**dict(enumerate(classes)), IGNORE: "not counted"} if classes else {}
+    occurring = sorted({int(number) for mask in masks for number in mask.unique()} & names.keys())
+    hues = _with_own(colours) / 255
+    return [Patch(facecolor=hues[n] if hues[n].any() else "white", edgecolor="grey", label=names[n]) for n in occurring]
 
 
 def _regions(mask: Tensor) -> Tensor:

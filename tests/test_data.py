@@ -108,7 +108,7 @@ def test_a_one_bit_mask(tmp_path):
 def test_a_large_set_is_read_from_disk_each_time(tmp_path, monkeypatch):
     write(tmp_path, "a.png", grey(), CELLS)
     kept = FolderSegmentation(tmp_path)
-    monkeypatch.setattr("backstride.models.data.folder._CACHE_LIMIT", 0)
+    monkeypatch.setattr("backstride.models.data.folder.CACHE_LIMIT", 0)
     read = FolderSegmentation(tmp_path)
     write(tmp_path, "a.png", grey(value=7), CELLS)
     assert round(kept[0][0].max().item() * 255) == 100

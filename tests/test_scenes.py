@@ -1,7 +1,5 @@
 import itertools
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,13 @@ from backstride.models.cli import app
 from backstride.models.data.camvid import CLASSES, VOID, CamVid
 from backstride.models.losses import median_frequency_weights
 from backstride.models.metrics import ConfusionMatrix
+from backstride.models.predict import normalise
+from backstride.models.segmentation.networks import NETWORKS, build_scene_network
 from backstride.models.training.config import SceneConfig
-from backstride.models.training.scenes import SceneTask, build_scene_network, evaluate_scenes, open_scenes
+from backstride.models.training.scenes import SceneTask, evaluate_scenes, open_scenes
 from backstride.models.visual import overlay
 from PIL import Image
 from typer.testing import CliRunner
-
-REAL = Path(os.environ.get("BACKSTRIDE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "camvid"
 
 
 def write_scenes(root: Path, count: int = 5, size: tuple[int, int] = (16, 20)) -> Path:
@@ -42,9 +40,10 @@ def scenes(tmp_path) -> Path:
     return write_scenes(tmp_path / "camvid")
 
 
-def small(root: Path, **settings) -> SceneConfig:
+def task_on(root: Path, **settings) -> SceneTask:
     fixed = {"network": "segnet-basic", "width": 4, "steps": 2, "every": 1, "batch_size": 2, "ops": "torch"}
-    return SceneConfig(data=str(root), **(fixed | settings))
+    training, validation, config = open_scenes(SceneConfig(data=str(root), **(fixed | settings)))
+    return SceneTask(config, training, validation)
 
 
 def test_camvid_items(scenes):
@@ -76,16 +75,15 @@ def test_camvid_errors(scenes):
     with pytest.raises(ValueError, match="scale=0"):
         CamVid(scenes, "train", 0)
     Image.fromarray(np.full((16, 20), 12, np.uint8)).save(scenes / "trainannot" / "3.png")
-    with pytest.raises(ValueError, match=r"3.png holds the value 12: classes are 0 ... 10, and 11 is void"):
+    with pytest.raises(ValueError, match=r"3.png holds the value 12: in CamVid, classes are 0 ... 10, and 11 doesn't"):
         CamVid(scenes, "train")
     Image.fromarray(np.zeros((16, 21), np.uint8)).save(scenes / "trainannot" / "3.png")
-    with pytest.raises(ValueError, match=r"their shapes are \(16, 20, 3\) and \(16, 21\)"):
+    with pytest.raises(ValueError, match=r"trainannot/3.png is 21 x 16 pixels, but .*train/3.png is 20 x 16"):
         CamVid(scenes, "train")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"needs CamVid in {REAL}")
-def test_the_real_set():
-    data = CamVid(REAL, "val")
+def test_the_real_set(data_dir):
+    data = CamVid(data_dir / "camvid", "val")
     assert len(data) == 101 and data[0][0].shape == (3, 360, 480)
     values = torch.cat([mask.unique() for _, mask in (data[i] for i in range(101))]).unique()
     assert values.tolist() == [*range(11), 255]
@@ -124,7 +122,7 @@ def test_scores_are_the_published_scorer_s():
 
 
 def test_void_counts_neither_in_the_loss_nor_in_the_scores(scenes):
-    task = SceneTask(small(scenes), *open_scenes(small(scenes)))
+    task = task_on(scenes)
     images, targets, weights = task.batch(0)
     assert images.shape == (2, 3, 16, 20) and (targets == 255).any() and not weights[targets == 255].any()
     network, loss = task.network, task.loss((images, targets, weights))
@@ -132,17 +130,16 @@ def test_void_counts_neither_in_the_loss_nor_in_the_scores(scenes):
     wanted = F.cross_entropy(logits, targets, task.class_weights, ignore_index=255)
     torch.testing.assert_close(loss, wanted)
     network.eval()
-    scores = evaluate_scenes(network, task.validation)
-    for _, mask in task.validation._items:
+    scores = evaluate_scenes(task, task.validation)
+    for mask in task.validation._masks:
         assert (mask == 255).any()
         mask[mask == 255] = 0
-    assert evaluate_scenes(network, task.validation) != scores
+    assert evaluate_scenes(task, task.validation) != scores
 
 
 def test_batches_show_every_image_once_and_mirror_some(scenes):
-    config = small(scenes, batch_size=5)
-    task = SceneTask(config, *open_scenes(config))
-    images = [image for image, _ in (task.training[i] for i in range(5))]
+    task = task_on(scenes, batch_size=5)
+    images = [normalise(task.training[i][0], task.config.mean, task.config.std) for i in range(5)]
     mirrored = 0
     for step in range(4):
         batch = task.batch(step)[0]
@@ -154,13 +151,15 @@ def test_batches_show_every_image_once_and_mirror_some(scenes):
     assert torch.equal(task.batch(2)[0], task.batch(2)[0])
 
 
-@pytest.mark.parametrize("network", ["segnet", "segnet-basic", "deconvnet", "fcn"])
-def test_every_network_can_be_built_narrow(network):
-    config = SceneConfig(data="", network=network, width=2, ops="torch")
-    size = (200, 210) if network == "deconvnet" else (20, 30)
-    assert build_scene_network(config).eval()(torch.zeros(1, 3, *size)).shape == (1, 11, *size)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_can_be_built_narrow(name):
+    network = build_scene_network(name, 7, 2, "torch").eval()
+    size = tuple(max(getattr(network, "smallest", 1), least) for least in (20, 30))
+    assert network(torch.zeros(1, 3, *size)).shape == (1, 7, *size)
     with pytest.raises(ValueError, match="width=0"):
-        build_scene_network(replace(config, width=0))
+        build_scene_network(name, 7, 0, "torch")
+    with pytest.raises(ValueError, match=f"network='lenet' is unknown: choose .*{name}"):
+        build_scene_network("lenet", 7, 2, "torch")
 
 
 def test_overlay_in_camvid_s_colours():

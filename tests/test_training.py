@@ -13,6 +13,7 @@ from backstride.models.training.checkpoint import (
     atomic_path,
     load_checkpoint,
     load_weights,
+    process_state,
     read_metadata,
     save_checkpoint,
     save_weights,
@@ -161,7 +162,7 @@ def test_checkpoints_restore_every_generator(tmp_path: Path):
 
     draw()
     history, state = {"train": [(1, 0.1)]}, {"carried": torch.tensor(3)}
-    save_checkpoint(tmp_path / "c", task.network, optimizer, scaler, 7, history, state)
+    save_checkpoint(tmp_path / "c", task.network, optimizer, scaler, 7, history, [process_state(state)])
     expected = draw()
     seed_everything(99)
     assert load_checkpoint(tmp_path / "c", task.network, optimizer, scaler) == (7, history, state)

@@ -71,7 +71,7 @@ def test_the_legend_shows_each_name_beside_its_colour():
     legend = np.array(picture)[40:]
     for number in (1, 2):
         assert (legend == palette()[number]).all(-1).sum() > 100
-    narrow = overlay(image[..., :120], mask[:, :120], ["road", "a long name", "tree"])
+    narrow = overlay(image[..., :120], striped(40, 120), ["road", "a long name", "tree"])
     assert narrow.height > picture.height
 
 

@@ -17,7 +17,7 @@ IGNORE = 255
 
 _CHANNELS = {"L": 1, "I;16": 1, "RGB": 3}
 _MASK_MODES = ("1", "L", "P", "I", "I;16")
-_CACHE_LIMIT = 2**30  # bytes
+CACHE_LIMIT = 2**30  # bytes
 
 
 class FolderSegmentation(Dataset[tuple[Tensor, Tensor]]):
@@ -38,16 +38,16 @@ class FolderSegmentation(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, root: str | Path, indices: Sequence[int] | None = None):
         root = Path(root)
-        pairs = find_pairs(_only_folder(root, IMAGE_FOLDERS), _only_folder(root, MASK_FOLDERS))
-        first_with, self.in_channels, pixels = _check(pairs)
-        self.class_values = _class_values(first_with)
+        pairs = find_pairs(only_folder(root, IMAGE_FOLDERS), only_folder(root, MASK_FOLDERS))
+        first_with, self.in_channels, pixels = check_pairs(pairs)
+        self.class_values = class_values(first_with)
         self.num_classes = len(self.class_values)
         for index in indices or ():
             if not 0 <= index < len(pairs):
                 raise ValueError(f"index {index} is out of range: {root} holds {len(pairs)} pairs")
         self._pairs = pairs if indices is None else [pairs[index] for index in indices]
         self.names = tuple(image.stem for image, _ in self._pairs)
-        fits = pixels * (self.in_channels + 1) <= _CACHE_LIMIT
+        fits = pixels * (self.in_channels + 1) <= CACHE_LIMIT
         self._cache = [self._load(*pair) for pair in self._pairs] if fits else None
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class FolderSegmentation(Dataset[tuple[Tensor, Tensor]]):
         return read_picture(image_path), mask.astype(np.uint8)
 
 
-def _only_folder(root: Path, names: tuple[str, ...]) -> Path:
+def only_folder(root: Path, names: tuple[str, ...]) -> Path:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: give the folder that holds the images and the masks")
     found = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in names]
@@ -126,7 +126,7 @@ def read_picture(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is damaged ({error}): save it again") from error
 
 
-def _check(pairs: list[tuple[Path, Path]]) -> tuple[dict[int, Path], int, int]:
+def check_pairs(pairs: list[tuple[Path, Path]]) -> tuple[dict[int, Path], int, int]:
     """Checks every mask and every image's header.
 
     Returns for each value in the masks the first file that holds it, the images' channels, and the number
@@ -138,7 +138,7 @@ def _check(pairs: list[tuple[Path, Path]]) -> tuple[dict[int, Path], int, int]:
     for image_path, mask_path in pairs:
         with _open(image_path) as image, _open(mask_path) as mask:
             first_mode = first_mode or image.mode
-            _check_pair(image_path, image, mask_path, mask)
+            _check_modes(image_path, image, mask_path, mask)
             if _CHANNELS[image.mode] != _CHANNELS[first_mode]:
                 raise ValueError(
                     f"{image_path} has the mode {image.mode}, but {first_path} has {first_mode}: "
@@ -150,7 +150,14 @@ def _check(pairs: list[tuple[Path, Path]]) -> tuple[dict[int, Path], int, int]:
     return first_with, _CHANNELS[first_mode], pixels
 
 
-def _check_pair(image_path: Path, image: Image.Image, mask_path: Path, mask: Image.Image) -> None:
+def check_headers(image_path: Path, mask_path: Path) -> tuple[int, int]:
+    """Width and height of an image that has a fitting mask; ValueError if kind or size are wrong. Reads no pixels."""
+    with _open(image_path) as image, _open(mask_path) as mask:
+        _check_modes(image_path, image, mask_path, mask)
+        return image.size
+
+
+def _check_modes(image_path: Path, image: Image.Image, mask_path: Path, mask: Image.Image) -> None:
     if image.mode not in _CHANNELS:
         raise ValueError(
             f"{image_path} has the mode {image.mode}: convert it to grey (L) or to RGB without transparency"
@@ -167,7 +174,7 @@ def _check_pair(image_path: Path, image: Image.Image, mask_path: Path, mask: Ima
         )
 
 
-def _class_values(first_with: dict[int, Path]) -> tuple[int, ...]:
+def class_values(first_with: dict[int, Path]) -> tuple[int, ...]:
     """first_with: for each value found in the masks, the first file that holds it"""
     values = sorted(first_with)
     if len(values) == 1:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..layers import Ops
 from ..options import DeviceOption, ResumeOption, console, find_device, given_settings
+from ..training import distributed
 from ..training.checkpoint import write_json
 from ..training.config import CharRNNConfig, Optimizer
 from ..training.language import CharRNNTask, evaluate, load_network, open_text
@@ -82,14 +83,17 @@ def train_char_rnn(
     if epochs is None and steps is None and not resume:
         epochs = EPOCHS
     config = replace(CharRNNConfig.read(out) if resume else DEFAULT, **given)
+    where = distributed.join(find_device(device))
     streams, config = open_text(config, epochs)
-    task = CharRNNTask(config, streams, find_device(device))
+    task = CharRNNTask(config, streams, where)
     count = sum(parameter.numel() for parameter in task.network.parameters())
     console.print(
         f"{count:,} parameters, {len(config.vocabulary)} different characters, {config.epoch} steps in an epoch",
         highlight=False,
     )
     train(task, config, out, resume=resume, console=console)
+    if distributed.rank() > 0:
+        return
 
     network, _ = load_network(out)
     network.to(task.device)

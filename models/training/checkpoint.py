@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+ProcessState = tuple[dict[str, Tensor], dict[str, Any]]
+"""What `process_state` gives: tensors, and what JSON can hold."""
 History = dict[str, list[tuple[int, float]]]
 """Curve name ("train", "validation", a metric) -> (number of steps done, value) pairs."""
 
@@ -61,6 +63,17 @@ def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
     return metadata
 
 
+def process_state(state: Mapping[str, Tensor]) -> ProcessState:
+    """What this process alone knows: the task's own `state`, and that of the random number generators of torch (CPU and
+    every GPU), numpy and Python."""
+    tensors = {f"state.{name}": tensor.detach().cpu() for name, tensor in state.items()}
+    tensors["rng.torch"] = torch.get_rng_state()
+    for index, cuda_state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        tensors[f"rng.cuda.{index}"] = cuda_state
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"numpy_rng": [kind, np.asarray(keys).tolist(), *rest], "python_rng": random.getstate()}
+
+
 def save_checkpoint(
     path: Path,
     network: nn.Module,
@@ -68,40 +81,35 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     step: int,
     history: History,
-    state: Mapping[str, Tensor],
+    processes: Sequence[ProcessState],
 ) -> None:
     """Everything that decides how a run goes on after `step` steps, in one atomic write.
 
-    That is the weights, the optimiser's tensors, the loss scaler, the history, the task's own `state`, and the
-    state of the random number generators of torch (CPU and every GPU), numpy and Python. The batches and the
-    learning rate are functions of the step alone, so the step is the loader's position and the schedule's
-    state. What is fixed by the settings (the optimiser's hyper-parameters) is not stored twice: it stands in
+    That is the weights, the optimiser's tensors, the loss scaler, the history, and every process's `process_state`. The
+    batches and the learning rate are functions of the step alone, so the step is the loader's position and the
+    schedule's state. What is fixed by the settings (the optimiser's hyper-parameters) is not stored twice: it stands in
     the run's config.json.
     """
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in entries.items()}
-    tensors |= {f"state.{name}": tensor for name, tensor in state.items()}
-    tensors["rng.torch"] = torch.get_rng_state()
-    for index, cuda_state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
-        tensors[f"rng.cuda.{index}"] = cuda_state
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    for number, (own, _) in enumerate(processes):
+        tensors |= {f"process.{number}.{name}": tensor for name, tensor in own.items()}
     metadata = {
         "step": step,
         "optimizer": type(optimizer).__name__,
         "scaler": scaler.state_dict(),
         "history": history,
-        "numpy_rng": [kind, np.asarray(keys).tolist(), *rest],
-        "python_rng": random.getstate(),
+        "processes": [generators for _, generators in processes],
     }
     with atomic_path(path) as temporary:
         save_file(_portable(tensors), temporary, {"backstride": json.dumps(metadata)})
 
 
 def load_checkpoint(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, process: int = 0
 ) -> tuple[int, History, dict[str, Tensor]]:
-    """Restores what `save_checkpoint` stored, random number generators included.
+    """Restores what `save_checkpoint` stored, the random number generators of the process of that number included.
 
     Returns (step, history, the task's state).
     """
@@ -113,16 +121,17 @@ def load_checkpoint(
         optimizer_state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(metadata["scaler"])
-    torch.set_rng_state(tensors["rng.torch"])
-    cuda_states = _section(tensors, "rng.cuda.")
+    own, generators = _section(tensors, f"process.{process}."), metadata["processes"][process]
+    torch.set_rng_state(own["rng.torch"])
+    cuda_states = _section(own, "rng.cuda.")
     if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([cuda_states[str(index)] for index in range(len(cuda_states))])
-    kind, keys, *rest = metadata["numpy_rng"]
+    kind, keys, *rest = generators["numpy_rng"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, words, gauss = metadata["python_rng"]
+    version, words, gauss = generators["python_rng"]
     random.setstate((version, tuple(words), gauss))
     history = {name: [(step, value) for step, value in curve] for name, curve in metadata["history"].items()}
-    return metadata["step"], history, _section(tensors, "state.")
+    return metadata["step"], history, _section(own, "state.")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

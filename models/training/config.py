@@ -11,7 +11,7 @@ from ..segmentation.unet import Padding
 from .checkpoint import write_json
 
 Optimizer = Literal["sgd", "adamw", "rmsprop"]
-SceneNetwork = Literal["segnet", "segnet-basic", "deconvnet", "fcn"]
+ClassWeights = Literal["median-frequency", "none"]
 CONFIG_NAME = "config.json"
 
 
@@ -21,6 +21,7 @@ class TrainingConfig:
 
     steps: int = 2000
     batch_size: int = 1
+    """Of each process; there is one unless torchrun starts more."""
     optimizer: Optimizer = "sgd"
     """"sgd" has the paper's momentum (U-Net 0.99, SegNet 0.9), "rmsprop" char-rnn's alpha of 0.95, "adamw" torch's
     defaults."""
@@ -70,7 +71,7 @@ class TrainingConfig:
         try:
             values: dict[str, Any] = json.loads(path.read_text())
             for name, value in values.items():
-                values[name] = tuple(value) if isinstance(value, list) else value
+                values[name] = _tuples(value)
             return cls(**values)
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not readable as {cls.__name__}: {error}") from error
@@ -120,19 +121,45 @@ class SegmentationConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig(TrainingConfig):
-    """A network for driving scenes, and CamVid; the defaults are those of SegNet's training files."""
+    """A network for scenes, and its data; the defaults are those of SegNet's training files.
+
+    Together with the weights it is all that prediction needs.
+    """
 
     data: str
-    """CamVid's folder (see models/data/camvid.py)."""
-    network: SceneNetwork = "segnet"
+    """The data set's folder."""
+    dataset: str = "auto"
+    """Its name in models/data/sets.py; "auto": found out from the folder."""
+    split: str = "train"
+    """What to train on."""
+    network: str = "segnet"
+    """A name in models/segmentation/networks.py."""
     width: int = 64
     """Channels of the first stage."""
     scale: int = 1
     """Divides the height and the width of the images."""
+    crop: int = 0
+    """Height and width of a random window of the scaled image to train on; 0: whole images."""
+    class_weights: ClassWeights = "median-frequency"
+    """SegNet's, or "none" as FCN has it."""
     batch_size: int = 4
     steps: int = 40_000
     every: int = 1000
     ops: Ops = "fused"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Subtracted from red, green and blue in [0, 1] ..."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """... and what the rest is divided by. These are ImageNet's, as torchvision's weights want them."""
+    classes: tuple[str, ...] = ()
+    """The classes' names in order ..."""
+    colours: tuple[tuple[int, int, int], ...] = ()
+    """... and their colours, if the data set has any. Filled in from the data, as `dataset` is."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.crop < 0:
+            raise ValueError(f"crop={self.crop}: must be positive, or 0 for whole images")
+        _check_choice("class_weights", self.class_weights, get_args(ClassWeights))
 
     @property
     def momentum(self) -> float:
@@ -193,6 +220,22 @@ class CharRNNConfig(TrainingConfig):
         return super().learning_rate(step) * self.decay ** max(0, epochs - self.decay_after + 1)
 
 
+def read_config(folder: Path) -> SegmentationConfig | SceneConfig:
+    """The settings of the run in `folder`, of whatever network that segments; ValueError if there is none."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no training run: it has no {CONFIG_NAME}")
+    text = path.read_text()
+    if '"vocabulary"' in text:
+        raise ValueError(f"{folder} holds a network that writes text: use backstride sample")
+    return (SceneConfig if '"network"' in text else SegmentationConfig).read(folder)
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose {' or '.join(map(repr, choices))}")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.text import TextStreams, encode, read_text
 from ..language.char_rnn import CharRNN
 from ..language.sampling import sample
+from . import distributed
 from .checkpoint import atomic_path
 from .config import CharRNNConfig
 from .task import Batch, Task, make_generator, seed_everything
@@ -45,11 +46,13 @@ def load_network(folder: Path) -> tuple[CharRNN, CharRNNConfig]:
 def open_text(config: CharRNNConfig, epochs: int | None = None) -> tuple[TextStreams, CharRNNConfig]:
     """(the text in streams, the settings with what only the text can tell filled in).
 
-    With `epochs`, config.steps becomes as many steps as make so many epochs.
+    Each of several processes has streams of its own. With `epochs`, config.steps becomes as many steps as make so many
+    epochs.
     """
     text = read_text(config.text)
     vocabulary, characters = encode(text)
-    streams = TextStreams(characters, config.batch_size, config.unroll, config.validation, config.test)
+    count = config.batch_size * distributed.size()
+    streams = TextStreams(characters, count, config.unroll, config.validation, config.test)
     digest = hashlib.sha256(text.encode()).hexdigest()
     config = replace(config, vocabulary=vocabulary, epoch=len(streams.training), digest=digest)
     if epochs is not None:
@@ -73,11 +76,14 @@ class CharRNNTask(Task[CharRNN]):
         seed_everything(config.seed)
         self.network = build_network(config).to(device)
         self.hidden = torch.zeros(config.layers, config.batch_size, config.width, device=device)
-        self.counted_per_step = config.batch_size * config.unroll
+        self.counted_per_step = config.batch_size * distributed.size() * config.unroll
 
     def batch(self, step: int) -> Batch:
         """(characters, the characters that follow them), each [unroll, N]"""
-        return self.streams[self.streams.training[step % len(self.streams.training)]]
+        characters, targets = self.streams[self.streams.training[step % len(self.streams.training)]]
+        first = distributed.rank() * self.config.batch_size
+        own = slice(first, first + self.config.batch_size)
+        return characters[:, own], targets[:, own]
 
     def loss(self, batch: Batch) -> Tensor:
         loss, hidden = next_character_loss(self.network, batch, self.hidden)

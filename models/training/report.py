@@ -37,7 +37,7 @@ class Report:
 
     def step(self, step: int, loss: float) -> None:
         rate = (self.progress.tasks[self.bar].speed or math.nan) * self.per_step
-        speed = f"{rate:,.2f} {self.counted}/s" if rate < 100 else f"{rate:,.0f} {self.counted}/s"
+        speed = "" if math.isnan(rate) else f"{rate:,.{2 if rate < 100 else 0}f} {self.counted}/s"
         self.progress.update(self.bar, completed=step, loss=loss, speed=speed)
         if not self.console.is_terminal and step % self.line_every == 0:
             self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {speed}", highlight=False)

@@ -1,62 +1,75 @@
-"""The task of training SegNet, DeconvNet or FCN on driving scenes, for the loop in train.py."""
+"""The task of training a network for scenes (see segmentation/networks.py), for the loop in train.py."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..data.camvid import CLASSES, CamVid
+from ..data.augment import random_crop
+from ..data.scenes import SceneData
+from ..data.sets import SETS, detect, open_split
 from ..losses import median_frequency_weights
 from ..metrics import ConfusionMatrix
-from ..segmentation.deconvnet import DeconvNet
-from ..segmentation.fcn import FCN
-from ..segmentation.segnet import SegNet, SegNetBasic
-from ..segmentation.vgg import VGG16_STAGES, Stages
+from ..predict import normalise, predict_scene_logits
+from ..segmentation.networks import build_scene_network
 from .config import SceneConfig
-from .segmentation import IGNORE, Data, PixelTask, items
+from .segmentation import IGNORE, PixelTask, items
 from .task import seed_everything
 from .train import load_trained
 
 
-def build_scene_network(config: SceneConfig) -> nn.Module:
-    """The network with `config.width` channels in its first stage; fc6 and fc7 are narrowed alike."""
-    if config.width < 1:
-        raise ValueError(f"width={config.width}: must be at least 1")
-    stages: Stages = tuple(tuple(width * config.width // 64 or 1 for width in widths) for widths in VGG16_STAGES)
-    dense = 64 * config.width
-    count, ops = len(CLASSES), config.ops
-    if config.network == "segnet":
-        return SegNet(3, count, stages=stages, ops=ops)
-    if config.network == "segnet-basic":
-        return SegNetBasic(3, count, width=config.width, ops=ops)
-    if config.network == "deconvnet":
-        return DeconvNet(3, count, stages=stages, dense=dense, ops=ops)
-    return FCN(3, count, stages=stages, dense=dense, ops=ops)
+def open_scenes(config: SceneConfig) -> tuple[SceneData, SceneData, SceneConfig]:
+    """(training data, held-out data, the settings with what only the data can tell filled in)"""
+    root = Path(config.data)
+    name = detect(root) if config.dataset == "auto" else config.dataset
+    training = open_split(name, root, config.split, config.scale)
+    validation = open_split(name, root, "val", config.scale)
+    return training, validation, replace(config, dataset=name, classes=training.classes, colours=training.colours)
+
+
+def open_scored(config: SceneConfig) -> tuple[str, SceneData]:
+    """(the split that final scores are of, its data)"""
+    split = SETS[config.dataset].scored_split(Path(config.data))
+    return split, open_split(config.dataset, Path(config.data), split, config.scale)
 
 
 def load_scene_network(folder: Path) -> tuple[nn.Module, SceneConfig]:
     """The best network of a training run, ready to predict, on the CPU."""
     config = SceneConfig.read(folder)
-    network = build_scene_network(config)
+    network = _build(config)
     load_trained(network, folder)
     return network, config
 
 
-class SceneTask(PixelTask[nn.Module]):
-    """Whole images, half of them mirrored, and cross-entropy with SegNet's median-frequency weights.
+def _build(config: SceneConfig) -> nn.Module:
+    return build_scene_network(config.network, len(config.classes), config.width, config.ops)
 
-    Seeds the global random number generators with config.seed before it initialises the network.
+
+class SceneTask(PixelTask[nn.Module]):
+    """Whole images or windows of them, half of them mirrored, and cross-entropy, by default with SegNet's
+    median-frequency weights.
+
+    Seeds the global random number generators with config.seed before it initialises the network. `config` must be the
+    one that `open_scenes` returned with the data.
     """
 
-    colours: Sequence[tuple[int, int, int]] = tuple(CLASSES.values())
-
-    def __init__(self, config: SceneConfig, training: Data, validation: Data, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: SceneConfig, training: SceneData, validation: SceneData, device: torch.device | str = "cpu"
+    ):
         seed_everything(config.seed)
-        super().__init__(config, build_scene_network(config), len(CLASSES), training, validation, device)
-        masks = (mask for _, mask in items(training))
-        self.class_weights = median_frequency_weights(masks, self.num_classes, IGNORE)
+        super().__init__(config, _build(config), len(config.classes), training, validation, device)
+        self.config, self.classes, self.colours = config, config.classes, config.colours
+        if config.batch_size > 1 and not config.crop and len(sizes := sorted(set(training.sizes))) > 1:
+            raise ValueError(
+                f"the images have {len(sizes)} sizes, from {_shown(sizes[0])} to {_shown(sizes[-1])} pixels, and a "
+                f"batch needs one: train on windows (--crop 321) or with --batch-size 1"
+            )
+        self.class_weights = torch.ones(self.num_classes)
+        if config.class_weights == "median-frequency":
+            masks = (training.mask(index) for index in range(len(training)))
+            self.class_weights = median_frequency_weights(masks, self.num_classes, IGNORE)
 
     def weights(self, mask: Tensor) -> Tensor:
         return self.class_weights[torch.where(mask == IGNORE, 0, mask)] * (mask != IGNORE)
@@ -65,28 +78,29 @@ class SceneTask(PixelTask[nn.Module]):
         image, mask = self.training[index]
         if torch.randint(2, (), generator=generator):
             image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask, self.weights(mask)
+        if self.config.crop:
+            image, mask = random_crop(image, mask, self.config.crop, generator)
+        return normalise(image, self.config.mean, self.config.std), mask, self.weights(mask)
 
     def predict(self, image: Tensor) -> Tensor:
-        return self.network(image[None])[0]
+        return predict_scene_logits(self.network, normalise(image, self.config.mean, self.config.std))
 
     def scores(self, confusion: ConfusionMatrix) -> dict[str, float]:
         return confusion.fcn_scores()
 
 
-def open_scenes(config: SceneConfig) -> tuple[CamVid, CamVid]:
-    return CamVid(config.data, "train", config.scale), CamVid(config.data, "val", config.scale)
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 @torch.no_grad()
-def evaluate_scenes(network: nn.Module, data: Data) -> dict[str, float]:
+def evaluate_scenes(task: SceneTask, data: SceneData) -> dict[str, float]:
     """The scores of FCN's section 5 over all pixels of `data` that are not void, the IoU of each class that occurs, and
     the pixel accuracy of always answering the commonest class."""
-    device = next(network.parameters()).device
-    confusion = ConfusionMatrix(len(CLASSES))
+    confusion = ConfusionMatrix(task.num_classes)
     for image, mask in items(data):
-        confusion.update(network(image[None].to(device))[0].argmax(0).cpu(), mask)
+        confusion.update(task.predict(image.to(task.device)).argmax(0).cpu(), mask)
     shares = confusion.counts.sum(1) / confusion.counts.sum()
-    ious = zip(CLASSES, confusion.iou().tolist(), strict=True)
+    ious = zip(task.classes, confusion.iou().tolist(), strict=True)
     classes = {f"iou_{name}": value for name, value in ious if not math.isnan(value)}
     return confusion.fcn_scores() | classes | {"commonest_class": shares.max().item()}

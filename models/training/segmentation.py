@@ -20,6 +20,7 @@ from ..metrics import ConfusionMatrix, v_scores
 from ..predict import predict_logits, predict_probability
 from ..segmentation.unet import UNet
 from ..visual import sample_sheet
+from . import distributed
 from .config import SegmentationConfig, TrainingConfig
 from .task import Batch, Network, Task, make_generator, seed_everything
 from .train import load_trained
@@ -87,8 +88,10 @@ class PixelTask(Task[Network]):
     per = "pixel"
     counted = "img"
     sample_suffix = ".png"
+    classes: Sequence[str] = ()
+    """The classes' names, for a legend below pictures ..."""
     colours: Sequence[tuple[int, int, int]] = ()
-    """Of the classes in pictures."""
+    """... and their colours."""
 
     def __init__(
         self,
@@ -103,7 +106,8 @@ class PixelTask(Task[Network]):
         self.network.to(device)
         self.device = device
         self.seed = config.seed
-        self.counted_per_step = config.batch_size
+        self.batch_size = config.batch_size
+        self.counted_per_step = config.batch_size * distributed.size()
         self.drawn: list[list[Tensor]] = []
 
     @abstractmethod
@@ -124,8 +128,8 @@ class PixelTask(Task[Network]):
 
     def batch(self, step: int) -> Batch:
         """(images [N, C, H, W], targets [N, h, w], weights [N, h, w]), h and w being the network's output size."""
-        size = self.counted_per_step
-        samples = [self._numbered(step * size + i) for i in range(size)]
+        first = step * self.counted_per_step + distributed.rank() * self.batch_size
+        samples = [self._numbered(first + i) for i in range(self.batch_size)]
         images, targets, weights = (torch.stack(part) for part in zip(*samples, strict=True))
         return images, targets, weights
 
@@ -139,22 +143,31 @@ class PixelTask(Task[Network]):
         images, targets, weights = batch
         return weighted_cross_entropy(self.network(images), targets, weights)
 
+    def mass(self, batch: Batch) -> Tensor:
+        _, targets, weights = batch
+        return (weights * (targets != IGNORE)).sum()
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         confusion = ConfusionMatrix(self.num_classes)
         losses = []
         self.drawn = []
-        for image, mask in items(self.validation):
+        for index in distributed.share(len(self.validation)):
+            image, mask = self.validation[index]
             logits = self.predict(image.to(self.device)).cpu()
             losses.append(weighted_cross_entropy(logits[None], mask[None], self.weights(mask)[None]).item())
             confusion.update(logits.argmax(0), mask)
             if len(self.drawn) < 3:
                 self.drawn.append([image, mask, logits.argmax(0)])
-        return {"validation": float(np.mean(losses))} | self.scores(confusion)
+        parts = distributed.gather((losses, confusion.counts))
+        confusion.counts = torch.stack([counts for _, counts in parts]).sum(0)
+        mean = np.mean([loss for part, _ in parts for loss in part])
+        return {"validation": float(mean)} | self.scores(confusion)
 
     def draw(self, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sample_sheet(self.drawn, path, ("image", "truth", "prediction"), colours=self.colours)
+        titles = ("image", "truth", "prediction")
+        sample_sheet(self.drawn, path, titles, classes=self.classes, colours=self.colours)
         return ""
 
 

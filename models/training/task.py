@@ -27,7 +27,7 @@ class Task(ABC, Generic[Network]):
     counted = "items"
     """What the progress bar counts per second ..."""
     counted_per_step = 1
-    """... and how many of them one step takes."""
+    """... and how many of them one step takes, in all processes together."""
     sample_suffix = ".txt"
     """Of the files that `draw` writes."""
     draw_at: Collection[int] = ()
@@ -35,19 +35,26 @@ class Task(ABC, Generic[Network]):
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        """The CPU tensors of a step: a pure function of the seed and `step`. Called from several threads."""
+        """The CPU tensors of a step, this process's part of them: a pure function of the seed, `step` and the process's
+        number. Called from several threads."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """The scalar loss of a batch that is on the network's device."""
+        """The scalar loss, an average, of a batch that is on the network's device."""
+
+    def mass(self, batch: Batch) -> Tensor:
+        """What `loss` divides its sum by, up to a constant: how much the batch weighs beside other processes' ones."""
+        return torch.ones((), device=batch[0].device)
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data, among them `score` and, for the loss curve, "validation"."""
+        """Metrics on held-out data, among them `score` and, for the loss curve, "validation"; the same in all
+        processes, which call it together."""
 
     @abstractmethod
     def draw(self, path: Path) -> str:
-        """Writes a file that shows what the network does now; returns what the console should show of it."""
+        """Writes a file that shows what the network does now; returns what the console should show of it. Only process
+        0 calls it."""
 
     def state(self) -> dict[str, Tensor]:
         """What steps hand on to the next ones besides weights and optimiser; it goes into the checkpoint."""

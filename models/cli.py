@@ -21,7 +21,7 @@ from .segmentation.networks import NETWORKS
 from .segmentation.unet import Padding
 from .training import distributed
 from .training.checkpoint import write_json
-from .training.config import Optimizer, SegmentationConfig
+from .training.config import Optimizer, Schedule, SegmentationConfig
 from .training.segmentation import SegmentationTask, evaluate, load_network, open_data
 from .training.train import train
 
@@ -73,7 +73,7 @@ def train_unet(
     optimizer: Annotated[Optimizer, typer.Option(help="sgd has the paper's momentum of 0.99.")] = DEFAULT.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.lr,
     schedule: Annotated[
-        Literal["constant", "cosine"], typer.Option(help="cosine: the rate falls to zero over --steps.")
+        Schedule, typer.Option(help="cosine, poly (to the power of 0.9): the rate falls to zero over --steps.")
     ] = DEFAULT.schedule,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="bf16 and fp16: mixed precision.")

@@ -7,13 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ... import fused_ops
 from ..layers import Conv2d, Ops, conv_norm, resize
 from .xception import SeparableConv2d
 
 
-def branches(convolutions: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
-    """What each of `convolutions`, which keep the size, makes of `input`."""
-    return [convolution(input) for convolution in convolutions]
+def branches(convolutions: Sequence[Conv2d], input: Tensor) -> list[Tensor]:
+    """What each of `convolutions`, which keep the size, makes of `input`, in one launch where "fused" computes them.
+
+    They are alike but for kernel and dilation: all with or without bias and ReLU, and with an odd kernel or an even
+    dilation.
+    """
+    first = convolutions[0]
+    if first.ops == "torch" or len(convolutions) == 1:
+        return [convolution(input) for convolution in convolutions]
+    biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+    result = fused_ops.atrous_pyramid(
+        input,
+        [convolution.weight for convolution in convolutions],
+        biases or None,
+        [convolution.dilation for convolution in convolutions],
+        activation=first.activation,
+    )
+    return list(result.split([convolution.out_channels for convolution in convolutions], 1))
 
 
 class ImagePooling(nn.Sequential):
@@ -61,10 +77,9 @@ class ASPP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         *atrous, pooling = self.convs
         plain = [branch for branch in atrous if isinstance(branch, nn.Sequential)]
-        separable = [branch for branch in atrous if not isinstance(branch, nn.Sequential)]
-        results = branches([branch[0] for branch in plain], input)
+        results = branches([conv for branch in plain for conv in branch if isinstance(conv, Conv2d)], input)
         parts = [branch[1:](result) for branch, result in zip(plain, results, strict=True)]
-        parts += [branch(input) for branch in separable]
+        parts += [branch(input) for branch in atrous if isinstance(branch, SeparableConv2d)]
         return self.project(torch.cat([*parts, pooling(input)], 1))
 
     def paths(self) -> list[list[nn.Module]]:
@@ -78,7 +93,8 @@ class ASPP(nn.Module):
 
 def check_batch(module: nn.Module, input: Tensor) -> None:
     """ValueError where batch normalisation would have one value a channel to train on."""
-    if module.training and input.shape[0] == 1:
+    alone = any(isinstance(part, nn.BatchNorm2d) for part in module.modules())  # SyncBatchNorm is not
+    if module.training and alone and input.shape[0] == 1:
         raise ValueError(
             "one image is too few to train on: batch normalisation of what was averaged over the whole image has one "
             "value a channel. Take a batch of at least 2, or network.eval()"

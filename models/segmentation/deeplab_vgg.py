@@ -99,8 +99,9 @@ class DeepLabVGG(nn.Module):
             x = pool(stage(x))
         if self.average:
             x = F.avg_pool2d(x, 3, stride=1, padding=1)
+        first = [layer for layer in self.first if isinstance(layer, Conv2d)]
         total: Tensor | None = None
-        for part, second, score in zip(branches(list(self.first), x), self.second, self.scores, strict=True):
+        for part, second, score in zip(branches(first, x), self.second, self.scores, strict=True):
             total = score(self.dropout(second(self.dropout(part))), total)
         assert total is not None
         return total

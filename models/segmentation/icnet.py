@@ -128,5 +128,5 @@ def pooling_windows(size: tuple[int, int], number: int) -> tuple[tuple[int, int]
     if number == 1:
         return size, size
     step = max(1, (short - 1) // number)
-    stride = tuple((side - 1) * step // (short - 1) for side in size)
+    stride = tuple(min((side - 1) * step // (short - 1), side // number) for side in size)
     return (size[0] - (number - 1) * stride[0], size[1] - (number - 1) * stride[1]), (stride[0], stride[1])

@@ -1,12 +1,9 @@
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from backstride.models.segmentation.deeplab_vgg import FIELDS, DeepLabVGG
-from torch import nn
 
-from .models_base import NetworkTests, fuse_only
+from .test_deeplab import DeepLabTests
 
 TINY = {"stages": ((1,), (1,), (2,), (2,), (2,)), "dense": 2, "dropout": 0.0}
 TABLE = [
@@ -20,7 +17,7 @@ TABLE = [
 ]
 
 
-class TestLargeFOV(NetworkTests):
+class TestLargeFOV(DeepLabTests):
     network = DeepLabVGG
     parameters = {(3, 21): 20_505_429}
     published_input = (1, 3, 321, 321)
@@ -32,10 +29,10 @@ class TestLargeFOV(NetworkTests):
     ]
     tiny = TINY
     tiny_sizes = {(9, 5): (9, 5), (1, 2): (1, 2), (37, 50): (37, 50)}
-    learning_rate = 0.1
+    fused = ("stages.4", "first", "second", "scores")
 
 
-class TestASPP(NetworkTests):
+class TestASPP(DeepLabTests):
     network = DeepLabVGG
     parameters = {(3, 21): 37_877_652}
     published = {"variant": "aspp-l"}
@@ -43,11 +40,7 @@ class TestASPP(NetworkTests):
     layer_table = [*TABLE, ("second.3", (1, 1024, 41, 41)), ("scores.3", (1, 2, 41, 41))]
     tiny = TINY | published
     tiny_sizes = {(9, 5): (9, 5), (37, 50): (37, 50)}
-    learning_rate = 0.1
-
-    def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
-        network = super().build(ops, **kwargs)
-        return network if ops == "torch" else fuse_only(network, "first", "scores")
+    fused = ("first", "scores")
 
 
 @pytest.mark.parametrize(

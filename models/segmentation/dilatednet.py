@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.augment import mirror_pad
-from ..layers import Conv2d, Ops
+from ..layers import Conv2d, Ops, halve
 from .vgg import VGG16_STAGES, Stages, check_input, conv_stages, in_channels_of, initialise
 
 DILATIONS = (1, 1, 2, 4, 8, 16, 1)
@@ -16,7 +16,9 @@ MULTIPLIERS = {"basic": (1, 1, 1, 1, 1, 1, 1), "large": (2, 2, 4, 8, 16, 32, 32)
 """How many times the number of classes each of them has channels; the last layer, 1x1, has it once."""
 
 
-class ContextModule(nn.Sequential):
+def context_module(
+    num_classes: int, size: Literal["basic", "large"] = "basic", sigma: float = 0.01, ops: Ops = "fused"
+) -> nn.Sequential:
     """Section 3, table 1: [N, C, H, W] -> [N, C, H, W]. Seven 3x3 convolutions with growing dilation and ReLU, zero
     padded, and a 1x1 convolution.
 
@@ -25,24 +27,17 @@ class ContextModule(nn.Sequential):
 
     sigma: 0.01, as in the authors' training, divided by how many times as many channels the layer has.
     """
-
-    def __init__(
-        self, num_classes: int, size: Literal["basic", "large"] = "basic", sigma: float = 0.01, ops: Ops = "fused"
-    ):
-        super().__init__()
-        if size not in MULTIPLIERS:
-            raise ValueError(f'context={size!r} is unknown: choose "basic" or "large"')
-        before = num_classes
-        for dilation, multiplier in zip(DILATIONS, MULTIPLIERS[size], strict=True):
-            after = num_classes * multiplier
-            layer = Conv2d(before, after, 3, padding=dilation, dilation=dilation, activation="relu", ops=ops)
-            self.append(layer)
-            before = after
-        self.append(Conv2d(before, num_classes, 1, ops=ops))
-        for layer in self:
-            assert isinstance(layer, Conv2d)
-            noise = 0.0 if size == "basic" else sigma * num_classes / layer.out_channels
-            identity_(layer, num_classes, noise)
+    if size not in MULTIPLIERS:
+        raise ValueError(f'context={size!r} is unknown: choose "basic" or "large"')
+    layers, before = [], num_classes
+    for dilation, multiplier in zip(DILATIONS, MULTIPLIERS[size], strict=True):
+        after = num_classes * multiplier
+        layers.append(Conv2d(before, after, 3, padding=dilation, dilation=dilation, activation="relu", ops=ops))
+        before = after
+    layers.append(Conv2d(before, num_classes, 1, ops=ops))
+    for layer in layers:
+        identity_(layer, num_classes, 0.0 if size == "basic" else sigma * num_classes / layer.out_channels)
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
@@ -90,6 +85,7 @@ class DilatedNet(nn.Module):
         if window % 2 == 0:
             raise ValueError(f"window={window}: must be odd, or no pixel is at its centre")
         self.num_classes = num_classes
+        self.ops: Ops = ops
         self.stages = conv_stages(in_channels, stages, ops=ops)
         lost = 0  # by all convolutions, in pixels of the image
         for stage, grid in zip(self.stages, (1, 2, 4, 8, 16), strict=True):
@@ -105,7 +101,7 @@ class DilatedNet(nn.Module):
         self.margin = (lost + 32 * (window - 1)) // 2
         self.apply(initialise)
         nn.init.normal_(self.final.weight, std=0.001)
-        self.context = nn.Identity() if context is None else ContextModule(num_classes, context, ops=ops)
+        self.context = nn.Identity() if context is None else context_module(num_classes, context, ops=ops)
 
     def front_end(self, input: Tensor) -> Tensor:
         """[N, in_channels, 8 h + 2 margin, 8 w + 2 margin] -> scores [N, num_classes, h, w], with no padding: each from
@@ -114,7 +110,7 @@ class DilatedNet(nn.Module):
         for number, stage in enumerate(self.stages):
             x = stage(x)
             if number < 3:
-                x = F.max_pool2d(x, 2)
+                x = halve(x, self.ops)
         x = self.dropout(self.fc6(x))
         return self.final(self.dropout(self.fc7(x)))
 

@@ -18,6 +18,7 @@ from .options import DeviceOption, ResumeOption, console, find_device, given_set
 from .recurrent.bptt import show_bptt
 from .segmentation.commands import predict, train_scenes
 from .segmentation.networks import NETWORKS
+from .segmentation.speed import show_icnet
 from .segmentation.unet import Padding
 from .training import distributed
 from .training.checkpoint import write_json
@@ -41,7 +42,7 @@ for name, scene_network in NETWORKS.items():
     train_app.command(name, short_help=summary, help=f"{summary}\n\n{train_scenes.__doc__}")(train_scenes)
 app.command("predict")(predict)
 app.command("sample")(sample_text)
-show_app = typer.Typer(no_args_is_help=True, help="Show one idea of recurrent networks in numbers.")
+show_app = typer.Typer(no_args_is_help=True, help="Show one idea in numbers.")
 app.add_typer(show_app, name="show")
 
 
@@ -139,6 +140,15 @@ def bptt(
     """Compare backpropagation through time by hand, by autograd, by differences, and truncated; plot the error of
     truncation against the chunk length."""
     show_bptt(out, console)
+
+
+@show_app.command()
+def icnet(
+    frames: Annotated[int, typer.Option(help="How many to time.")] = 100,
+    device: DeviceOption = "auto",
+) -> None:
+    """Time ICNet on frames of 1024 x 2048 pixels on a GPU: frames per second, fused and by torch."""
+    show_icnet(console, find_device(device), frames)
 
 
 @app.command()

@@ -18,10 +18,14 @@ def without_interpreter() -> dict[str, str]:
 
 
 def fuse_only(network: nn.Module, *prefixes: str) -> nn.Module:
-    """Leaves to torch all convolutions but those whose names begin so: interpreting a whole trunk takes minutes."""
-    for name, module in network.named_modules():
-        if hasattr(module, "ops") and not name.startswith(prefixes):
+    """Leaves to torch all layers but those whose names begin so: interpreting a whole trunk takes minutes."""
+    for name, module in list(network.named_modules()):
+        if name.startswith(prefixes):
+            continue
+        if hasattr(module, "ops"):
             module.ops = "torch"  # pyright: ignore
+        elif isinstance(module, nn.MaxPool2d):
+            network.set_submodule(name, nn.MaxPool2d(module.kernel_size, module.stride, module.padding))
     return network
 
 

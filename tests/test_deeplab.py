@@ -88,7 +88,7 @@ class TestDeepLabV3(DeepLabTests):
     tiny = TINY_V3
     tiny_sizes = {(18, 9): (18, 9), (1, 2): (1, 2), (37, 50): (37, 50)}
     batch_size = 2
-    fused = ("backbone.layer2", "backbone.layer4", "classifier")
+    fused = ("backbone.maxpool", "backbone.layer4", "classifier")
 
 
 class TestDeepLabV3Plus(DeepLabTests):
@@ -98,8 +98,8 @@ class TestDeepLabV3Plus(DeepLabTests):
     layer_table = [
         *TRUNK,
         ("backbone.layer4", (1, 2048, 33, 33)),
-        ("aspp", (1, 256, 33, 33)),
         ("low", (1, 48, 129, 129)),
+        ("aspp", (1, 256, 33, 33)),
         ("decoder.0", (1, 256, 129, 129)),
         ("decoder", (1, 2, 129, 129)),
     ]
@@ -121,8 +121,8 @@ class TestXception(DeepLabTests):
         ("backbone.middle.15", (1, 728, 33, 33)),
         ("backbone.exit", (1, 1024, 33, 33)),
         ("backbone.last", (1, 2048, 33, 33)),
-        ("aspp", (1, 256, 33, 33)),
         ("low", (1, 48, 129, 129)),
+        ("aspp", (1, 256, 33, 33)),
         ("decoder", (1, 2, 129, 129)),
     ]
     tiny = published | {"width": 1, "middle": 1, "channels": 2, "rates": (1,), "low_channels": 1, "separable": True}

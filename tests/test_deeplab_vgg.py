@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backstride.models.segmentation.deeplab_vgg import FIELDS, DeepLabVGG
+from backstride.models.segmentation.vgg import load_vgg16
 
 from .test_deeplab import DeepLabTests
 
@@ -29,7 +30,7 @@ class TestLargeFOV(DeepLabTests):
     ]
     tiny = TINY
     tiny_sizes = {(9, 5): (9, 5), (1, 2): (1, 2), (37, 50): (37, 50)}
-    fused = ("stages.4", "first", "second", "scores")
+    fused = ("stages.4", "pools.3", "first", "scores")
 
 
 class TestASPP(DeepLabTests):
@@ -86,3 +87,17 @@ def test_the_scores_sum_the_branches(variant):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         DeepLabVGG(1, 2, **(TINY | arguments))
+
+
+def test_vgg16_s_convolutions_load(tmp_path):
+    """From torchvision's format; the first dense layer of LargeFOV is another than VGG16's and stays."""
+    network, source = (DeepLabVGG(1, 2, **TINY, ops="torch") for _ in range(2))
+    tensors = {"classifier.0.weight": torch.ones(4, 98), "classifier.0.bias": torch.ones(4)}
+    for number, (layer,) in enumerate(source.stages):
+        tensors |= {f"features.{3 * number}.weight": layer.weight.data, f"features.{3 * number}.bias": layer.bias.data}
+    torch.save(tensors, tmp_path / "vgg16.pth")
+    before = network.first[0].weight.clone()
+    load_vgg16(network, tmp_path / "vgg16.pth")
+    for (layer,), (wanted,) in zip(network.stages, source.stages, strict=True):
+        assert torch.equal(layer.weight, wanted.weight) and torch.equal(layer.bias, wanted.bias)
+    assert torch.equal(network.first[0].weight, before)

@@ -72,9 +72,9 @@ def test_training_adds_the_auxiliary_losses(name, tmp_path):
 
 def test_icnet_s_speed_without_a_gpu():
     output = io.StringIO()
-    show_icnet(Console(file=output, width=200), torch.device("cpu"), size=(8 * 33, 8 * 17), width=1)
+    show_icnet(Console(file=output, width=200), torch.device("cpu"), size=(8 * 17, 8 * 9), width=1)
     text = output.getvalue()
-    assert "no GPU was measured" in text and "33 x 17 pixels" in text and "Nothing was timed" in text
+    assert "no GPU was measured" in text and "17 x 9 pixels" in text and "Nothing was timed" in text
     assert 0 <= float(text.split("differ by ")[1].split()[0]) < 1e-4
     with pytest.raises(ValueError, match="frames=1: must be at least 2"):
         show_icnet(Console(file=output), torch.device("cpu"), frames=1)

@@ -38,7 +38,7 @@ def train_scenes(
         Path | None, typer.Option(help="Folder for checkpoints, curves and pictures. Default: runs/ and the name.")
     ] = None,
     resume: ResumeOption = False,
-    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = DEFAULT.width,
+    width: Annotated[int, typer.Option(help="Channels of the first stage; 64: the published network.")] = DEFAULT.width,
     scale: Annotated[int, typer.Option(help="Divides the images' height and width.")] = DEFAULT.scale,
     crop: Annotated[
         int, typer.Option(help="Train on random windows of this height and width; 0: on whole images.")

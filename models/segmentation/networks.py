@@ -34,7 +34,8 @@ def narrowed(width: int) -> Stages:
     return tuple(tuple(channels * width // 64 or 1 for channels in stage) for stage in VGG16_STAGES)
 
 
-# For a first stage of 64, as published, fc6 and fc7 have 4096 channels for a first stage of 64.
+# A width of 64 gives the published network: fc6 and fc7 of VGG16 then have 4096 channels (1024 in DeepLab v1), and the
+# first convolutions of ICNet and Xception 32.
 NETWORKS: dict[str, SceneNetwork] = {
     "segnet": SceneNetwork(
         "SegNet (Badrinarayanan, Kendall, Cipolla 2017)",

@@ -5,6 +5,7 @@ under the same names, so one state_dict serves both, and a whole network can be 
 op.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,9 +26,10 @@ def check_ops(ops: str) -> None:
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d followed by `activation` (None or "relu"), in one kernel when `ops` is "fused".
+    """torch.nn.Conv2d, plus `residual` if one is given, followed by `activation` (None or "relu").
 
-    Takes torch.nn.Conv2d's arguments; [N, C_in, H, W] -> [N, C_out, H', W'].
+    Takes torch.nn.Conv2d's arguments; [N, C_in, H, W] and a residual [N, C_out, H', W'] -> [N, C_out, H', W'].
+    When `ops` is "fused" all of it is one kernel.
     """
 
     def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
@@ -36,7 +38,7 @@ class Conv2d(nn.Conv2d):
         self.activation: Activation = activation
         self.ops = ops
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
         if self.ops == "fused":
             return fused_ops.conv2d(
                 input,
@@ -47,8 +49,10 @@ class Conv2d(nn.Conv2d):
                 self.dilation,
                 self.groups,
                 activation=self.activation,
+                residual=residual,
             )
         output = super().forward(input)
+        output = output if residual is None else output + residual
         return output if self.activation is None else torch.relu(output)
 
 
@@ -112,6 +116,32 @@ class UpConvConcat2d(nn.ConvTranspose2d):
                 self.dilation,
             )
         return torch.cat([skip, super().forward(input)], dim=1)
+
+
+def max_pool(*args, ops: Ops = "fused", **kwargs) -> nn.MaxPool2d:
+    """A torch.nn.MaxPool2d, computed by `ops`. Takes torch.nn.MaxPool2d's arguments."""
+    check_ops(ops)
+    return (fused_ops.MaxPool2d if ops == "fused" else nn.MaxPool2d)(*args, **kwargs)
+
+
+def conv_norm(
+    before: int, after: int, size: int, *, stride: int = 1, dilation: int = 1, relu: bool = True, ops: Ops = "fused"
+) -> nn.Sequential:
+    """A convolution without bias that keeps the size (but for `stride`), batch normalisation, and ReLU."""
+    padding = dilation * (size // 2)
+    convolution = Conv2d(before, after, size, stride=stride, padding=padding, dilation=dilation, bias=False, ops=ops)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), *([nn.ReLU()] if relu else []))
+
+
+def resize(input: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+    """Bilinear interpolation of [N, C, h, w] to [N, C, *size].
+
+    align_corners: the corner pixels of both grids coincide. So it is where a grid of every s-th pixel, as layers with
+        a stride give it, covers an image of sn + 1 pixels.
+    """
+    if input.shape[2:] == torch.Size(size):
+        return input
+    return F.interpolate(input, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def halve(input: Tensor, ops: Ops) -> Tensor:

@@ -1,7 +1,7 @@
 """Pixel-wise cross-entropy, the weights that balance classes, and U-Net's that push touching cells apart."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -140,3 +140,23 @@ def weighted_cross_entropy(
         counted = counted * weight
     losses = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     return (losses * counted).sum() / counted.sum().clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def auxiliary_cross_entropy(
+    logits: Sequence[Tensor], shares: Sequence[float], target: Tensor, weight: Tensor, ignore_index: int = 255
+) -> Tensor:
+    """Sum of share_i times the `weighted_cross_entropy` of logits_i: PSPNet's deep supervision (Zhao et al. 2017,
+    section 3.3), ICNet's cascade label guidance (Zhao et al. 2018, section 3.4).
+
+    logits: [N, C, h, w] each; where h, w are less than the target's H, W, the pixels that they stand for are taken: the
+        corners, and the nearest ones to an even grid between them. target: int64 [N, H, W]; weight: [N, H, W].
+    """
+    losses = []
+    for scores, share in zip(logits, shares, strict=True):
+        rows, columns = (
+            torch.linspace(0, large - 1, small, device=target.device).round().long()
+            for large, small in zip(target.shape[1:], scores.shape[2:], strict=True)
+        )
+        labels, weights = (part.index_select(1, rows).index_select(2, columns) for part in (target, weight))
+        losses.append(share * weighted_cross_entropy(scores, labels, weights, ignore_index))
+    return torch.stack(losses).sum()

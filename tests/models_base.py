@@ -18,6 +18,18 @@ def without_interpreter() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
+def fuse_only(network: nn.Module, *prefixes: str) -> nn.Module:
+    """Leaves to torch all layers but those whose names begin so: interpreting a whole trunk takes minutes."""
+    for name, module in list(network.named_modules()):
+        if name.startswith(prefixes):
+            continue
+        if hasattr(module, "ops"):
+            module.ops = "torch"  # pyright: ignore
+        elif isinstance(module, nn.MaxPool2d):
+            network.set_submodule(name, nn.MaxPool2d(module.kernel_size, module.stride, module.padding))
+    return network
+
+
 class NetworkTests:
     """Subclass as `class TestX(NetworkTests)` and set the class variables.
 
@@ -43,6 +55,7 @@ class NetworkTests:
     interpreted_steps: ClassVar[int] = 2
     """training steps on the interpreted kernels"""
     compiled_sizes: ClassVar[int] = 1
+    batch_size: ClassVar[int] = 1
     learning_rate: ClassVar[float] = 0.02
 
     @pytest.fixture
@@ -73,8 +86,8 @@ class NetworkTests:
         return fused, torch_
 
     def sample(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(1, 1, *next(iter(self.tiny_sizes)), generator=generator, dtype=torch.float64).to(dtype)
+        generator, size = torch.Generator().manual_seed(1), next(iter(self.tiny_sizes))
+        return torch.randn(self.batch_size, 1, *size, generator=generator, dtype=torch.float64).to(dtype)
 
     def test_parameter_count(self):
         for channels, count in self.parameters.items():
@@ -155,7 +168,7 @@ class NetworkTests:
         losses = []
         for _ in range(steps):
             logits = network.train()(x)
-            loss = F.cross_entropy(logits, self.target().expand(1, *logits.shape[2:]))
+            loss = F.cross_entropy(logits, self.target().expand(len(logits), *logits.shape[2:]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

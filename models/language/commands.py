@@ -14,7 +14,7 @@ from ..layers import Ops
 from ..options import DeviceOption, ResumeOption, console, find_device, given_settings
 from ..training import distributed
 from ..training.checkpoint import write_json
-from ..training.config import CharRNNConfig, Optimizer
+from ..training.config import CharRNNConfig, Optimizer, Schedule
 from ..training.language import CharRNNTask, evaluate, load_network, open_text
 from ..training.train import train
 from .sampling import sample
@@ -49,7 +49,7 @@ def train_char_rnn(
     optimizer: Annotated[Optimizer, typer.Option(help="rmsprop has char-rnn's alpha of 0.95.")] = DEFAULT.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.lr,
     schedule: Annotated[
-        Literal["constant", "cosine"], typer.Option(help="cosine: the rate falls to zero over the run.")
+        Schedule, typer.Option(help="cosine, poly (to the power of 0.9): the rate falls to zero over the run.")
     ] = DEFAULT.schedule,
     decay: Annotated[float, typer.Option(help="Factor of the rate after each epoch.")] = DEFAULT.decay,
     decay_after: Annotated[int, typer.Option(help="Epochs before the first --decay.")] = DEFAULT.decay_after,

@@ -14,7 +14,7 @@ from ..options import DeviceOption, ResumeOption, console, find_device, given_se
 from ..predict import predict_probability, predict_scene, read_image, save_prediction
 from ..training import distributed
 from ..training.checkpoint import write_json
-from ..training.config import ClassWeights, Optimizer, SceneConfig, read_config
+from ..training.config import ClassWeights, Optimizer, SceneConfig, Schedule, read_config
 from ..training.scenes import SceneTask, evaluate_scenes, load_scene_network, open_scenes, open_scored
 from ..training.segmentation import load_network
 from ..training.train import load_trained, train
@@ -38,18 +38,21 @@ def train_scenes(
         Path | None, typer.Option(help="Folder for checkpoints, curves and pictures. Default: runs/ and the name.")
     ] = None,
     resume: ResumeOption = False,
-    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = DEFAULT.width,
+    width: Annotated[int, typer.Option(help="Channels of the first stage; 64: the published network.")] = DEFAULT.width,
     scale: Annotated[int, typer.Option(help="Divides the images' height and width.")] = DEFAULT.scale,
     crop: Annotated[
         int, typer.Option(help="Train on random windows of this height and width; 0: on whole images.")
     ] = DEFAULT.crop,
     class_weights: Annotated[ClassWeights, typer.Option(help="How the loss weighs classes.")] = DEFAULT.class_weights,
+    auxiliary: Annotated[
+        float, typer.Option(help="Factor of the auxiliary losses of PSPNet and ICNet; 0: none.")
+    ] = DEFAULT.auxiliary,
     steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Images per step, in each process.")] = DEFAULT.batch_size,
     optimizer: Annotated[Optimizer, typer.Option(help="sgd has a momentum of 0.9.")] = DEFAULT.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.lr,
     schedule: Annotated[
-        Literal["constant", "cosine"], typer.Option(help="cosine: the rate falls to zero over --steps.")
+        Schedule, typer.Option(help="cosine, poly (to the power of 0.9): the rate falls to zero over --steps.")
     ] = DEFAULT.schedule,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="bf16 and fp16: mixed precision.")

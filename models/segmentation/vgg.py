@@ -166,7 +166,7 @@ def load_vgg16(network: nn.Module, path: str | Path) -> None:
 
     Raises ValueError that names the layer if the file doesn't hold VGG16 or the network has other widths.
     """
-    tensors = _read_state_dict(Path(path))
+    tensors = read_state_dict(Path(path))
     convolutions = list(_convolutions(network.get_submodule("stages")))
     layers = list(_layers(tensors, "features."))
     _copy_all([layer for layer in layers if tensors[f"{layer}.weight"].dim() == 4], convolutions, tensors, path)
@@ -184,7 +184,7 @@ def _convolutions(stages: nn.Module) -> Iterator[Conv2d]:
     return (module for module in stages.modules() if isinstance(module, Conv2d))
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

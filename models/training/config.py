@@ -11,6 +11,7 @@ from ..segmentation.unet import Padding
 from .checkpoint import write_json
 
 Optimizer = Literal["sgd", "adamw", "rmsprop"]
+Schedule = Literal["constant", "cosine", "poly"]
 ClassWeights = Literal["median-frequency", "none"]
 CONFIG_NAME = "config.json"
 
@@ -26,8 +27,9 @@ class TrainingConfig:
     """"sgd" has the paper's momentum (U-Net 0.99, SegNet 0.9), "rmsprop" char-rnn's alpha of 0.95, "adamw" torch's
     defaults."""
     lr: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    """"cosine" falls from lr to zero over `steps`."""
+    schedule: Schedule = "constant"
+    """"cosine" and "poly" fall from lr to zero over `steps`; "poly" is DeepLab v2's and PSPNet's
+    lr (1 - step / steps)^0.9."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast's type; fp16 scales the loss."""
     every: int = 200
@@ -41,7 +43,7 @@ class TrainingConfig:
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr}: must be positive")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
-        _check_choice("schedule", self.schedule, ("constant", "cosine"))
+        _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
 
     @property
@@ -59,6 +61,8 @@ class TrainingConfig:
         more."""
         if self.schedule == "constant":
             return self.lr
+        if self.schedule == "poly":
+            return self.lr * (1 - step / self.steps) ** 0.9
         return self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     @classmethod
@@ -137,6 +141,8 @@ class SceneConfig(TrainingConfig):
     """Height and width of a random window of the scaled image to train on; 0: whole images."""
     class_weights: ClassWeights = "median-frequency"
     """SegNet's, or "none" as FCN has it."""
+    auxiliary: float = 1.0
+    """Factor of the auxiliary losses, for networks that have some, beside the papers' weights; 0: none."""
     batch_size: int = 4
     steps: int = 40_000
     every: int = 1000
@@ -154,6 +160,8 @@ class SceneConfig(TrainingConfig):
         super().__post_init__()
         if self.crop < 0:
             raise ValueError(f"crop={self.crop}: must be positive, or 0 for whole images")
+        if self.auxiliary < 0:
+            raise ValueError(f"auxiliary={self.auxiliary}: must be positive, or 0 for no auxiliary losses")
         _check_choice("class_weights", self.class_weights, get_args(ClassWeights))
 
     @property

@@ -10,13 +10,13 @@ from torch import Generator, Tensor, nn
 from ..data.augment import random_crop
 from ..data.scenes import SceneData
 from ..data.sets import SETS, detect, open_split
-from ..losses import median_frequency_weights
+from ..losses import auxiliary_cross_entropy, median_frequency_weights
 from ..metrics import ConfusionMatrix
 from ..predict import normalise, predict_scene_logits
 from ..segmentation.networks import build_scene_network
 from .config import SceneConfig
 from .segmentation import IGNORE, PixelTask, items
-from .task import seed_everything
+from .task import Batch, seed_everything
 from .train import load_trained
 
 
@@ -81,6 +81,16 @@ class SceneTask(PixelTask[nn.Module]):
         if self.config.crop:
             image, mask = random_crop(image, mask, self.config.crop, generator)
         return normalise(image, self.config.mean, self.config.std), mask, self.weights(mask)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a network with `loss_weights` the auxiliary losses are added. (Several processes weigh them by the pixels
+        of the whole targets, which is a little off for coarser ones.)"""
+        main, *others = getattr(self.network, "loss_weights", (1.0,))
+        if not others:
+            return super().loss(batch)
+        images, targets, weights = batch
+        shares = [main, *(self.config.auxiliary * other for other in others)]
+        return auxiliary_cross_entropy(self.network(images, auxiliary=True), shares, targets, weights)
 
     def predict(self, image: Tensor) -> Tensor:
         return predict_scene_logits(self.network, normalise(image, self.config.mean, self.config.std))

@@ -104,13 +104,19 @@ def test_no_biases_and_unbatched_input(device):
     empty.sum().backward()
 
 
-def branches_by_themselves(monkeypatch):
-    monkeypatch.setattr(zones, "MOST_ROWS", 3)
-    pyramid.plan_pyramid.cache_clear()
+@pytest.fixture
+def forget():
+    """For what changes the limits that plans are made under."""
+    caches = zones.find_zones, pyramid.plan_pyramid
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["one launch", "a launch for each"])
-def test_every_element_is_written(alone, monkeypatch, device):
+def test_every_element_is_written(alone, monkeypatch, forget, device):
     """Into a slice full of NaN, and no further; also where the zones are too many for one launch."""
     if device == "cpu" and not INTERPRETED:
         pytest.skip("the kernels run on a GPU or interpreted")
@@ -118,7 +124,7 @@ def test_every_element_is_written(alone, monkeypatch, device):
     expected = reference(x, weights, biases, dilations)
     wide = torch.full((2, expected.shape[1] + 2, *x.shape[2:]), math.nan, device=device)
     if alone:
-        branches_by_themselves(monkeypatch)
+        monkeypatch.setattr(zones, "MOST_ROWS", 3)
     every = [(d, d) for d in dilations]
     with torch.no_grad():
         kernels.apply_pyramid(x, weights, biases, wide[:, 1:-1], every)
@@ -126,7 +132,6 @@ def test_every_element_is_written(alone, monkeypatch, device):
     assert wide[:, 0].isnan().all() and wide[:, -1].isnan().all()
     reason = fused.explain(fused.atrous_pyramid, x, weights, biases, dilations).reason
     assert ("one launch for each branch" if alone else "4 branches in one launch") in reason
-    pyramid.plan_pyramid.cache_clear()
 
 
 def test_whole_aspp_in_one_launch():

@@ -23,7 +23,7 @@ def tile_taps(size: int, dilation: int, transposed: bool = False) -> tuple[int, 
     """Of a 3x3 layer with batch 8 in tiles of 128 pixels: over plain tiles, over zones."""
     kernel, one, d = (3, 3), (1, 1), (dilation, dilation)
     found = zones.find_zones(kernel, one, d, d, (size, size), (size, size), transposed)
-    assert len(found) == 9
+    assert found is not None and len(found) == 9
     plain = zones.plain_tile_taps(kernel, one, (size, size), transposed, 8, 128)
     return plain, zones.tile_taps(found, 8, 128)
 

@@ -122,12 +122,12 @@ def _worthwhile_zones(
 ) -> zones.Branch | None:
     """The layer with its zones, where these are few and spare enough taps; decided by sizes and tile alone."""
     kernel, (stride, padding, dilation, groups) = weight[2:], geometry
-    if math.prod(weight) >= 2**31:
-        return None
     found = zones.find_zones(kernel, stride, padding, dilation, x.shape[2:], y.shape[2:], transposed)
+    if found is None or math.prod(weight) >= 2**31:
+        return None
     plain = zones.plain_tile_taps(kernel, stride, y.shape[2:], transposed, y.shape[0], config.block_m)
     zoned = zones.tile_taps(found, y.shape[0], config.block_m)
-    if len(found) > zones.MOST_ROWS or zoned > zones.WORTH * plain:
+    if zoned > zones.WORTH * plain:
         return None
     channels = weight[1] if transposed else weight[0] // groups
     return zones.Branch(found, kernel, channels, weight[1], 0, 0)
@@ -358,10 +358,11 @@ def _sizes(
 def is_better_flat(weight: Sequence[int], geometry: Geometry) -> bool:
     """Whether X^T has so few channels to sum over that it runs as the convolution it is at stride 1.
 
-    That sums over flat (tap, channel) indices, where X^T would fill each tap's channels up to a block of 16.
+    That sums over flat (tap, channel) indices, where X^T would fill each tap's channels up to a block of 16. It has
+    narrow tiles, so only with few output channels too.
     """
-    few = weight[0] // geometry.groups < 16 and math.prod(weight[2:]) > 1
-    return few and max(geometry.stride) == 1
+    few = weight[0] // geometry.groups < 16 and weight[1] <= 32
+    return few and math.prod(weight[2:]) > 1 and max(geometry.stride) == 1
 
 
 def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:

@@ -66,7 +66,7 @@ def test_numbers(name):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_some_samples_one_by_one(name, device):
     """Every 101st, which has no factor in common with the numbers of options; all of them below."""
     for sample in samples(name, device)[::101]:
@@ -139,7 +139,6 @@ def test_gradient_of_every_geometry(name, device):
             torch.testing.assert_close(torch.autograd.grad(ours, x, seed)[0], expected)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["", "grad"])
 @pytest.mark.parametrize("name", UNIQUE)
 def test_every_unpooling(name, variant, device):

@@ -98,11 +98,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     both = torch.contiguous_format, torch.channels_last
     for function in (ByIndices(), by_offsets):
-        check(function, "aot_eager", False, [(1, 2, 6, 7)], both)
-        check(function, "aot_eager", True, [(2, 3, 6, 7), (1, 2, 9, 8)], both[:1])
+        check(function, "aot_eager", False, [(1, 2, 6, 7)], both[:1] if INTERPRETED else both)
+        if not INTERPRETED:
+            check(function, "aot_eager", True, [(2, 3, 6, 7), (1, 2, 9, 8)], both[:1])
     if not INTERPRETED:
         check(ByIndices(), "inductor", None, [(1, 2, 6, 7)], both[:1])
-    check_other_axes()
+        check_other_axes()
     check_wrong_indices_are_errors()
     if not INTERPRETED:
         check_offsets_of_every_sample()

@@ -38,7 +38,7 @@ class TestFCN8s(NetworkTests):
 
     def target(self) -> Tensor:
         """A grid of 8 to 32 pixels can't tell two neighbours apart."""
-        return torch.ones(2, dtype=torch.int64)
+        return torch.ones(next(iter(self.tiny_sizes))[1], dtype=torch.int64)
 
 
 class TestFCN16s(TestFCN8s):
@@ -55,6 +55,7 @@ class TestFCN32s(TestFCN8s):
     published = {"stride": 32}
     layer_table = [*TRUNK, ("upsample.32s", (1, 2, 544, 544))]
     tiny = TINY | {"stride": 32}
+    tiny_sizes = {(3, 4): (3, 4), (1, 2): (1, 2), (27, 70): (27, 70)}  # of (1, 2) no pixel gets through the max-pools
     too_large = ("stages.0.0", "stages.1.0", "upsample.32s")
     interpreted_steps = 1
 

@@ -55,6 +55,7 @@ class TestUNetSamePadding(TestUNet):
     tiny = {"width": 2, "depth": 1, "dropout": 0.0, "padding": "same"}
     tiny_sizes = {(4, 6): (4, 6), (2, 30): (2, 30)}
     compiled_sizes = 1
+    interpreted_steps = 2
 
 
 def test_skip_comes_first_and_is_cropped_at_the_centre():

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from backstride.fused_ops import dispatch
 from backstride.models.segmentation.deconvnet import DeconvNet
 from backstride.models.segmentation.fcn import FCN
 from backstride.models.segmentation.segnet import SegNet
@@ -167,7 +168,8 @@ def test_multiply_adds_of_vgg16():
         assert multiply_adds(vgg16(), height, width) == (15_470_264_320, count)
 
 
-def test_sliding_window_is_shown(capsys):
+def test_sliding_window_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # 46 windows through the interpreter take long
     show_sliding_window(Console(width=80))
     output = capsys.readouterr().out
     assert "…" not in output

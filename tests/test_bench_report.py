@@ -1,4 +1,4 @@
-"""What is made of results: pictures, README's figures, comparisons. The results here are made up, in the test's folder."""
+"""What is made of results: pictures, README's figures, comparisons. The results here are made up."""
 
 import dataclasses
 import io

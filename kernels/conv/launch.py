@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride())
+    return Layout(tensor.shape, tensor.stride())
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -278,7 +278,7 @@ def _launch_forward(
 ) -> None:
     if y.numel() == 0:
         return
-    plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
+    plan = planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x))
     with device_guard(x):
         plan.launch(
             x,

@@ -98,7 +98,7 @@ def cpu_lines(folder: Path) -> list[str]:
     for path in sorted(folder.glob("cpu_training_*.csv")):
         rows = _read(path)
         lines += [
-            f'Training step on {rows[0]["cpu"]}, one thread, time with `ops="torch"` / time with `ops="fused"` '
+            f'Training step on {rows[0]["cpu"]}: time with `ops="torch"` / time with `ops="fused"`',
             f"([results](bench/results/{path.name}); goal: at least 0.95):",
             "",
             "| network | median | 20th–80th percentile |",

@@ -1,4 +1,4 @@
-"""What is made of results: pictures, README's figures, comparisons. The results are made up, in a temporary folder."""
+"""What is made of results: pictures, README's figures, comparisons. The results here are made up."""
 
 import dataclasses
 import io

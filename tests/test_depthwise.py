@@ -400,7 +400,7 @@ def test_loads_and_stores_are_wide():
 from tests import cross_compile, cross_compile_depthwise
 for case in cross_compile_depthwise.cases(cross_compile.TARGETS["sm_90"]):
     if case.name.startswith("Xception"):
-        ptx = cross_compile.build(case, "sm_90").asm["ptx"]
+        ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]
         print(ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b32"), ptx.count("st.global.v4.b32"))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0"}

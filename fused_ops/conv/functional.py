@@ -35,7 +35,8 @@ class _Call(NamedTuple):
     groups: int
 
 
-_Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # output, stride, padding, dilation
+# Whether there is a batch axis, channels of the output, and its size, stride, padding and dilation.
+_Sizes = tuple[bool, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def _require(condition: Any) -> None:
@@ -43,16 +44,25 @@ def _require(condition: Any) -> None:
         raise _Refused
 
 
+def _is_exact(value: Any) -> bool:
+    """Whether no other argument than the same is equal to it, as 1.0 and True are to 1."""
+    kind = type(value)
+    return kind in _EXACT or (kind is tuple and all(type(v) is int for v in value))
+
+
+_EXACT = frozenset({int, str, torch.Size, type(None)})
+
+
 def _remembered(find: Callable[..., _Sizes]) -> Callable[..., _Sizes]:
     """`find`, whose answers are kept: what follows from sizes alone is not found anew in every call."""
     known = lru_cache(maxsize=4096)(find)
 
     def look_up(*arguments: Any) -> _Sizes:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not all(map(_is_exact, arguments)):
             return find(*arguments)
         try:
             return known(*arguments)
-        except TypeError:  # a list or a symbolic size can't be looked up
+        except TypeError:  # a symbolic size can't be looked up
             return find(*arguments)
 
     return look_up
@@ -67,45 +77,56 @@ def _per_axis(value: Any, axes: int, smallest: int) -> tuple[int, ...]:
         value = [value]
     _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, axes))
     values: tuple[Any, ...] = tuple(value) if len(value) == axes else tuple(value) * axes
+    _require(all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values))
     _require(min(values) >= smallest)
     return values
 
 
-def _batched(axes: int, input: Any, weight: Any, bias: Any, groups: int) -> tuple[Tensor, bool]:
-    """The input with its batch axis, after what convolution and its transpose ask of their tensors alike."""
+def _check_tensors(input: Any, weight: Any, bias: Any) -> None:
     _require(isinstance(input, Tensor) and isinstance(weight, Tensor))
     for other in (weight, bias):
         _require(other is None or (other.dtype == input.dtype and other.device == input.device))
-    _require(weight.dim() == axes + 2 and input.dim() in (axes + 1, axes + 2))
-    _require(groups >= 1 and weight.shape[0] > 0 and weight.shape[0] % groups == 0 and min(weight.shape[1:]) > 0)
-    batched = input.dim() == axes + 2
-    x = input if batched else input.unsqueeze(0)
-    _require(min(x.shape[1:]) > 0)
-    return x, batched
+
+
+def _is_batched(axes: int, x: Any, weight: Any, groups: Any) -> bool:
+    """Whether the input has a batch axis, after what convolution and its transpose ask of shapes alike."""
+    _require(len(weight) == axes + 2 and len(x) in (axes + 1, axes + 2))
+    _require(isinstance(groups, int | torch.SymInt) and groups >= 1)
+    _require(weight[0] > 0 and weight[0] % groups == 0 and min(weight[1:]) > 0)
+    _require(min(x[-axes - 1 :]) > 0)
+    return len(x) == axes + 2
+
+
+def _shape(bias: Tensor | None) -> torch.Size | None:
+    return None if bias is None else bias.shape
 
 
 def _bind_conv(
     axes: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> _Call:
-    x, batched = _batched(axes, input, weight, bias, groups)
-    _require(x.shape[1] == weight.shape[1] * groups and (bias is None or bias.shape == (weight.shape[0],)))
-    sizes = _conv_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return _Call(x, batched, weight.shape[0], *sizes, groups)
+    _check_tensors(input, weight, bias)
+    found = _conv_sizes(axes, input.shape, weight.shape, _shape(bias), stride, padding, dilation, groups)
+    return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
 
 
 @_remembered
-def _conv_sizes(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> _Sizes:
-    axes = len(size)
+def _conv_sizes(
+    axes: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> _Sizes:
+    batched = _is_batched(axes, x, weight, groups)
+    _require(x[-axes - 1] == weight[1] * groups and (bias is None or tuple(bias) == (weight[0],)))
+    size, kernel = x[-axes:], weight[2:]
     strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     if padding == "same":
         _require(max(strides) == 1)
         # torch puts the odd element of an even kernel's padding behind the input.
-        return tuple(size), strides, tuple((span - 1) // 2 for span in spans), dilations
+        return batched, weight[0], tuple(size), strides, tuple((span - 1) // 2 for span in spans), dilations
     paddings = _per_axis(0 if padding == "valid" else padding, axes, 0)
     room = [i + 2 * p - span for i, p, span in zip(size, paddings, spans, strict=True)]
     _require(min(room) >= 0)
-    return tuple(r // s + 1 for r, s in zip(room, strides, strict=True)), strides, paddings, dilations
+    output_size = tuple(r // s + 1 for r, s in zip(room, strides, strict=True))
+    return batched, weight[0], output_size, strides, paddings, dilations
 
 
 def _bind_transposed(
@@ -119,15 +140,29 @@ def _bind_transposed(
     groups: int,
     dilation: Any,
 ) -> _Call:
-    x, batched = _batched(axes, input, weight, bias, groups)
-    _require(x.shape[1] == weight.shape[0] and (bias is None or bias.shape == (weight.shape[1] * groups,)))
-    sizes = _transposed_sizes(x.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
-    return _Call(x, batched, weight.shape[1] * groups, *sizes, groups)
+    _check_tensors(input, weight, bias)
+    found = _transposed_sizes(
+        axes, input.shape, weight.shape, _shape(bias), stride, padding, output_padding, groups, dilation
+    )
+    return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
 
 
 @_remembered
-def _transposed_sizes(size: Any, kernel: Any, stride: Any, padding: Any, output_padding: Any, dilation: Any) -> _Sizes:
-    axes = len(size)
+def _transposed_sizes(
+    axes: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> _Sizes:
+    batched = _is_batched(axes, x, weight, groups)
+    channels = weight[1] * groups
+    _require(x[-axes - 1] == weight[0] and (bias is None or tuple(bias) == (channels,)))
+    size, kernel = x[-axes:], weight[2:]
     strides, dilations = _per_axis(stride, axes, 1), _per_axis(dilation, axes, 1)
     paddings, extras = _per_axis(padding, axes, 0), _per_axis(output_padding, axes, 0)
     _require(all(e < max(s, d) for e, s, d in zip(extras, strides, dilations, strict=True)))
@@ -136,7 +171,7 @@ def _transposed_sizes(size: Any, kernel: Any, stride: Any, padding: Any, output_
         for i, s, p, d, k, e in zip(size, strides, paddings, dilations, kernel, extras, strict=True)
     )
     _require(min(output_size) >= 1)
-    return output_size, strides, paddings, dilations
+    return batched, channels, output_size, strides, paddings, dilations
 
 
 def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Path]:

@@ -19,7 +19,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride())
+    return Layout(tensor.shape, tensor.stride())
 
 
 class Access(NamedTuple):

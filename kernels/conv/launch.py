@@ -387,7 +387,7 @@ def _launch_forward(
 ) -> None:
     if y.numel() == 0:
         return
-    plan = planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x))
+    plan = planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x))
     if plan.copies[0]:
         x = to_channels_last(x)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)

@@ -48,7 +48,7 @@ class DeepLabTests(NetworkTests):
     learning_rate = 0.1
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
-        network = without_dropout(super().build(ops, **kwargs))
+        network = awakened(without_dropout(super().build(ops, **kwargs)))
         return network if ops != "fused" else fuse_only(network, *self.fused)
 
     def pair(self) -> tuple[nn.Module, nn.Module]:

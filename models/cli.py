@@ -39,7 +39,8 @@ app.add_typer(train_app, name="train")
 train_app.command("char-rnn")(train_char_rnn)
 for name, scene_network in NETWORKS.items():
     summary = f"Train {scene_network.paper} on scenes."
-    train_app.command(name, short_help=summary, help=f"{summary}\n\n{train_scenes.__doc__}")(train_scenes)
+    details = " ".join((train_scenes.__doc__ or "").split())
+    train_app.command(name, short_help=summary, help=f"{summary}\n\n{details}")(train_scenes)
 app.command("predict")(predict)
 app.command("sample")(sample_text)
 show_app = typer.Typer(no_args_is_help=True, help="Show one idea in numbers.")

@@ -32,6 +32,7 @@ _COLOURS = [
 ]
 _INK = (34, 34, 34)
 _GREY = (150, 150, 150)
+_VOC_VOID = (224, 224, 192)
 _TINT = 0.38
 _FONT_SIZE = 15
 
@@ -90,8 +91,8 @@ def overlay(
 ) -> Image.Image:
     """The image with each class's regions tinted and outlined; class 0 stays as it is, ignored pixels grey.
 
-    With `colours` (RGB, one for each class in order) class 0 is tinted like the others, but black ones are left as they
-    are.
+    With `colours` (RGB, one for each class in order) class 0 is tinted like the others, unless its colour is black, and
+    ignored pixels are cream.
 
     image: float [C, H, W] in [0, 1], one or three channels; mask: [H, W]; names: class names in order, for
     a legend below the picture of those that occur. Returns an RGB picture. Raises ValueError for shapes that do not
@@ -113,7 +114,11 @@ def overlay(
 
 
 def _with_own(colours: Sequence[Colour]) -> np.ndarray:
+    """`palette()` with the first colours replaced. Then ignored pixels, too, have Pascal VOC's colour: grey is CamVid's
+    sky."""
     hues = palette()
+    if len(colours):
+        hues[IGNORE] = _VOC_VOID
     hues[: len(colours)] = np.reshape(colours, (-1, 3))
     return hues
 

@@ -75,6 +75,26 @@ def test_the_legend_shows_each_name_beside_its_colour():
     assert narrow.height > picture.height
 
 
+def test_only_classes_that_occur_are_in_the_legend_and_it_is_as_wide_as_a_name():
+    image, mask = torch.zeros(1, 40, 30), torch.full((40, 30), 2)
+    picture = overlay(image, mask, ["road", "river", "a name that is wider than the picture"])
+    assert picture.width > 200 and picture.height < 80
+    legend = np.array(picture)[40:]
+    assert (legend == palette()[2]).all(-1).sum() > 100 and not (legend == palette()[1]).all(-1).any()
+
+
+def test_classes_in_black_are_left_as_they_are_and_ignored_pixels_are_no_one_s_colour():
+    image, mask = torch.full((3, 6, 8), 0.5), torch.zeros(6, 8, dtype=torch.int64)
+    mask[3:] = 255
+    picture = np.array(overlay(image, mask, colours=[(0, 0, 0), (150, 150, 150)]))
+    assert (picture[:3] == 128).all() and (picture[3] == (224, 224, 192)).all()
+    assert np.reshape(class_map(mask, [(9, 8, 7)]).getpalette(), (-1, 3))[[0, 1, 255]].tolist() == [
+        [9, 8, 7],
+        palette()[1].tolist(),
+        [224, 224, 192],
+    ]
+
+
 def test_picture_errors():
     image, mask = torch.zeros(1, 4, 4), torch.zeros(4, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"\[1, 4, 4\] and mask \[3, 4\] differ in size"):
@@ -174,3 +194,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the disk went away"):
         save_picture(class_map(striped(classes=2)), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_sample_sheet_with_a_legend(tmp_path, monkeypatch):
+    image, truth = torch.zeros(3, 20, 60), striped(20, 60, 2)
+    truth[0] = 255
+    caught = []
+    monkeypatch.setattr("backstride.models.visual.Figure.savefig", lambda figure, *_, **__: caught.append(figure))
+    colours = [(0, 0, 0), (10, 200, 30), (1, 2, 3)]
+    columns, names = ("image", "truth", "prediction"), ["ground", "tree", "bird"]
+    sample_sheet([(image, truth, truth)], tmp_path / "sheet.png", columns, classes=names, colours=colours)
+    (legend,) = caught[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ground", "tree", "not counted"]
+    drawn = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()]
+    assert drawn == [(255, 255, 255), (10, 200, 30), (224, 224, 192)]
+    # Two named classes aren't regions, and a flat picture has a flat row.
+    shown = np.array(caught[0].axes[1].images[0].get_array())
+    assert shown[10, 50].tolist() == [round(0.38 * part) for part in (10, 200, 30)]
+    assert caught[0].get_figheight() < 2

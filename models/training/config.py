@@ -69,16 +69,11 @@ class TrainingConfig:
     def read(cls, folder: Path) -> Self:
         """The settings of the run in `folder`; ValueError if there is none or if they are another
         version's."""
-        path = folder / CONFIG_NAME
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no training run: it has no {CONFIG_NAME}")
+        values = _read_values(folder)
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
-            for name, value in values.items():
-                values[name] = _tuples(value)
             return cls(**values)
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not readable as {cls.__name__}: {error}") from error
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG_NAME} is not readable as {cls.__name__}: {error}") from error
 
     def write(self, folder: Path) -> None:
         write_json(asdict(self), folder / CONFIG_NAME)
@@ -230,13 +225,20 @@ class CharRNNConfig(TrainingConfig):
 
 def read_config(folder: Path) -> SegmentationConfig | SceneConfig:
     """The settings of the run in `folder`, of whatever network that segments; ValueError if there is none."""
+    values = _read_values(folder)
+    if "vocabulary" in values:
+        raise ValueError(f"{folder} holds a network that writes text: use backstride sample")
+    return (SceneConfig if "network" in values else SegmentationConfig).read(folder)
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no training run: it has no {CONFIG_NAME}")
-    text = path.read_text()
-    if '"vocabulary"' in text:
-        raise ValueError(f"{folder} holds a network that writes text: use backstride sample")
-    return (SceneConfig if '"network"' in text else SegmentationConfig).read(folder)
+    try:
+        return {name: _tuples(value) for name, value in json.loads(path.read_text()).items()}
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not readable as settings: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

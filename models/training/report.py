@@ -40,7 +40,7 @@ class Report:
         speed = "" if math.isnan(rate) else f"{rate:,.{2 if rate < 100 else 0}f} {self.counted}/s"
         self.progress.update(self.bar, completed=step, loss=loss, speed=speed)
         if not self.console.is_terminal and step % self.line_every == 0:
-            self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {speed}", highlight=False)
+            self.console.print(f"step {step}/{self.steps}  loss {loss:.4f}  {speed}".rstrip(), highlight=False)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -48,7 +48,8 @@ def train(
     batch, DistributedDataParallel averages the gradients, and process 0 alone prints and writes: to rounding the losses
     are those of one process with the whole batch. Batch normalisation sees the whole batch on GPUs (SyncBatchNorm),
     but only the process's own part of it on CPUs, where PyTorch has no such layer; there, process 0's running
-    statistics are the network's.
+    statistics are the network's. (After a resume PyTorch may add the gradients of
+    more than two processes in another order.)
 
     ValueError if `folder` already holds a run and `resume` is not given, or if the run there has other
     settings or another number of processes; FloatingPointError if the loss becomes infinite or NaN.

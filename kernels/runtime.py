@@ -17,6 +17,7 @@ class Device(NamedTuple):
 
     multiprocessors: int  # SMs, or CUs
     shared_memory: int  # bytes that one program can have
+    matrix_columns: int = 8  # of the narrowest matrix instruction: mma.sync's 8, mfma's 16
 
 
 # What a launch is planned for where there is no GPU to ask.
@@ -27,7 +28,7 @@ H200 = Device(multiprocessors=132, shared_memory=227 * 1024)
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     shared = properties.shared_memory_per_block if torch.version.hip else properties.shared_memory_per_block_optin
-    return Device(properties.multi_processor_count, shared)
+    return Device(properties.multi_processor_count, shared, 16 if torch.version.hip else 8)
 
 
 def device_of(tensor: torch.Tensor) -> Device:

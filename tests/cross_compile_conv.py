@@ -7,6 +7,7 @@ from typing import Any
 
 from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
+from backstride.kernels.conv.pyramid import plan_pyramid
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
 
@@ -25,6 +26,8 @@ LAYERS = [
     ("HiFi-GAN up k16 s8", "contiguous", 1, 16, 256, 512, 256, 16, 8, 4, 1, 1),
     ("nnU-Net 3-D 3x3x3", "both", 3, 2, 64, 32, 128, 3, 1, 1, 1, 1),
 ]
+# The ASPP of DeepLabv3 at output stride 16, all branches in one launch.
+PYRAMID = "ASPP 1x1, d6, d12, d18"
 LAYOUTS = ("channels_last", "contiguous")
 
 
@@ -52,8 +55,17 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
         y = _layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
         yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
-        yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
+        if not launch.is_better_flat(weight, geometry):  # else it is planned as a convolution, like the forward
+            yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
         yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, device)
+
+
+def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> launch.Plan:
+    x, y = (_layout((8, channels, 33, 33), channels_last) for channels in (2048, 1024))
+    weights = ((256, 2048, 1, 1), *[(256, 2048, 3, 3)] * 3)
+    plan = plan_pyramid(x, weights, y, ((1, 1), (6, 6), (12, 12), (18, 18)), DTYPES[dtype], dtype == "tf32", device)
+    assert plan is not None
+    return plan
 
 
 def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -63,6 +75,8 @@ def launch_signature(plan: launch.Plan, pointer: str) -> tuple[dict[str, str], d
     values = dict(zip(scalars, plan.sizes, strict=True))
     signature = {name: "i32" if abs(value) < 2**31 else "i64" for name, value in values.items()}
     signature |= {name: pointer for name in names if name.endswith("_ptr")}
+    if plan.table is not None:
+        signature["table_ptr"] = "*i32"
     unit = {name: 1 for name in ("stride_xc", "stride_yc") if values[name] == 1}
     return signature, unit
 
@@ -74,10 +88,13 @@ def cases(target: Target) -> Iterator[Case]:
     """Every launch of the layers, and the reduction."""
     for dtype in DTYPES:
         for layout in LAYOUTS:
-            for name, plan in plans(dtype, layout == "channels_last", Device(132, target.shared_memory)):
+            device = Device(132, target.shared_memory, 16 if target.backend == "hip" else 8)
+            pyramid = PYRAMID, pyramid_plan(dtype, layout == "channels_last", device)
+            for name, plan in [*plans(dtype, layout == "channels_last", device), pyramid]:
                 signature, unit = launch_signature(plan, POINTER[dtype])
                 epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
-                yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}, {layout}", dtype)
+                way = ", transposed" if plan.constants.get("TRANSPOSED") else ""
+                yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}{way}, {layout}", dtype)
     yield Case(
         reduce_splits_kernel,
         {"partial_ptr": "*fp32", "w_ptr": "*bf16", "NUMEL": "i32", "SPLITS": "i32"},

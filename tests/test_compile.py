@@ -64,6 +64,7 @@ def test_every_kernel_is_compiled(compiled):
         "conv_apply_transposed_kernel",
         "conv_scatter_kernel",
         "conv_weight_grad_kernel",
+        "conv_zones_kernel",
         "exchange_probe_kernel",
         "reduce_splits_kernel",
         "rnn_resident_kernel",

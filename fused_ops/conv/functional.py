@@ -120,12 +120,14 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
     names = tuple(inspect.signature(bind).parameters)[1:]
 
     def plan(**arguments: Any) -> Path:
-        return _plan(bind, axes, *(arguments[name] for name in names))[1]
+        call, path = _plan(bind, axes, *(arguments[name] for name in names))
+        note = ops.launch_note(bind is _bind_transposed, call.x, arguments["weight"], *call[3:]) if call else ""
+        return Path(path.name, f"{path.reason}; {note}") if note else path
 
     return plan
 
 
-def is_relu(activation: str | None) -> bool:
+def _is_relu(activation: str | None) -> bool:
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     return activation == "relu"
@@ -158,7 +160,7 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     """`op` with the checked arguments where kernels run, else torch's `function` with the arguments as they are."""
-    relu = is_relu(activation)
+    relu = _is_relu(activation)
     call, _ = _plan(bind, axes, *arguments)
     if call is None:
         return _finish_aten(function(*arguments), relu, residual)
@@ -344,7 +346,7 @@ def conv_transpose2d_concat(
     Errors: torch's own for torch's arguments; ValueError or TypeError for a skip that does not fit, naming its shape
     and the one that does.
     """
-    relu = is_relu(activation)
+    relu = _is_relu(activation)
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
     call, _ = _plan(_bind_transposed, 2, *arguments)
     if call is None:

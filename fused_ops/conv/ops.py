@@ -127,6 +127,22 @@ def _forward(
     return y
 
 
+def launch_note(
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """What is special about the launch that these arguments get, for `explain`."""
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    y = _empty_result(transposed, x.to("meta"), weight.to("meta"), output_size, groups)
+    return kernels.describe(transposed, x, weight, y, geometry, tf32=_tf32(x))
+
+
 def _empty_weight(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> Tensor:
     shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, y))

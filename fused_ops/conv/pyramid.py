@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...kernels import conv as kernels
 from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
-from ..registration import differentiable
 from . import batching, ops
-from .functional import is_relu
+from .functional import _is_relu
 from .ops import library, registered
 
 library.define("atrous_pyramid(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] dilations, bool relu) -> Tensor")
@@ -152,7 +151,12 @@ def _autograd(x, weights, biases, dilations, relu):
     return _AtrousPyramid.apply(x, _Settings(len(weights), dilations, relu), *weights, *biases)
 
 
-_pyramid = differentiable(library, "atrous_pyramid", _autograd)
+library.impl("atrous_pyramid", _autograd, "Autograd")
+
+
+def _pyramid(*arguments: Any) -> Tensor:
+    """As `registration.differentiable` does for ops whose tensors are not in lists."""
+    return (registered.atrous_pyramid.default if torch.compiler.is_compiling() else _autograd)(*arguments)
 
 
 def _check(input: Any, weights: Any, biases: Any, dilations: Any) -> list[int]:
@@ -240,7 +244,7 @@ def atrous_pyramid(
 
     Errors: TypeError or ValueError that names the branch and the shape that would fit.
     """
-    relu = is_relu(activation)
+    relu = _is_relu(activation)
     device = input.device.type if isinstance(input, Tensor) else "cpu"
     if torch.is_autocast_enabled(device):
         input, weights = autocast(input, device), [autocast(weight, device) for weight in weights]

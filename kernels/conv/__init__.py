@@ -9,9 +9,22 @@ The lecture writes convolution as a matrix X acting on the flattened input, and 
 Each is an implicit GEMM, and the derivatives of each are the other two. Weights arrive packed as [A, taps, B], so
 that channels are contiguous. Tensors keep their strides: NCHW, channels_last and slices of a wider tensor are read
 and written where they lie. 1-D and 2-D are 3-D with the leading axes of size 1 left out (`NDIM`).
+
+Where a large dilation brings many taps to padding, the first two run over validity zones (`zones`): boxes of output
+pixels that the same taps reach, so that no padding is multiplied; the third always sums over such boxes. A table lists
+the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
 """
 
-from .launch import Geometry, apply, apply_transposed, weight_grad
+from .launch import Geometry, apply, apply_transposed, describe, weight_grad
 from .pyramid import apply_pyramid, describe_pyramid, same_geometry
 
-__all__ = ["Geometry", "apply", "apply_pyramid", "apply_transposed", "describe_pyramid", "same_geometry", "weight_grad"]
+__all__ = [
+    "Geometry",
+    "apply",
+    "apply_pyramid",
+    "apply_transposed",
+    "describe",
+    "describe_pyramid",
+    "same_geometry",
+    "weight_grad",
+]

@@ -26,6 +26,14 @@ def _block(size: int, smallest: int, largest: int) -> int:
     return min(max(1 << (size - 1).bit_length(), smallest), largest)
 
 
+def _thrifty_block(size: int, smallest: int, largest: int) -> int:
+    """Largest power of two within limits that pads `size` to at most 5/4 of what the smallest pads it to."""
+    block = _block(size, smallest, largest)
+    while 4 * -(-size // block) * block > 5 * -(-size // smallest) * smallest:
+        block //= 2
+    return block
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     m: int, n: int, k: int, itemsize: int, tensor_cores: bool, wide: bool, device: Device, parts: int = 1
@@ -39,12 +47,17 @@ def choose_config(
     if itemsize == 8:
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
         return ConvConfig(_block(m, 16, 128), _block(n, 16, 128), _block(k, 16, 128), 4, 1)
+    least = device.matrix_columns
     if not tensor_cores:
-        return ConvConfig(_block(m, 16, 64 if wide else 32), _block(n, 16, 32), 16, 4, 3)
+        return ConvConfig(_block(m, 16, 64 if wide else 32), _block(n, least, 32), 16, 4, 3)
+    block_n = _block(n, least, 128)
     if not wide:
-        return ConvConfig(_block(m, 16, 64), _block(n, 16, 32), _block(k, 16, 16), 8, 3)
-    block_k = _block(k, 16, 128 // itemsize)
-    block_n = _block(n, 16, 128)
+        if block_n == 8:
+            # As few columns leave registers for more rows; a warp's instruction has 16 of them.
+            block_m = _thrifty_block(m, 16, 128)
+            return ConvConfig(block_m, 8, 16, block_m // 16, 3)
+        return ConvConfig(_block(m, 16, 64), min(block_n, 32), 16, 8, 3)
+    block_k = _thrifty_block(k, 16, 128 // itemsize)
     block_m = _block(m, 16, 128)
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
     while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:

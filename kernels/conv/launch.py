@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -135,12 +136,12 @@ def _worthwhile_zones(
 ) -> zones.Branch | None:
     """The layer with its zones, where these are few and spare enough taps; decided by sizes and tile alone."""
     kernel, (stride, padding, dilation, groups) = weight[2:], geometry
-    if math.prod(weight) >= 2**31:
-        return None
     found = zones.find_zones(kernel, stride, padding, dilation, x.shape[2:], y.shape[2:], transposed)
+    if found is None or math.prod(weight) >= 2**31:
+        return None
     plain = zones.plain_tile_taps(kernel, stride, y.shape[2:], transposed, y.shape[0], config.block_m)
     zoned = zones.tile_taps(found, y.shape[0], config.block_m)
-    if len(found) > zones.MOST_ROWS or zoned > zones.WORTH * plain:
+    if zoned > zones.WORTH * plain:
         return None
     channels = weight[1] if transposed else weight[0] // groups
     return zones.Branch(found, kernel, channels, weight[1], 0, 0)
@@ -284,9 +285,10 @@ def plan_weight_grad(
     flatten = taps > 1 and b < 16
     sx, sy = _strides(x), _strides(y)
     wide = not flatten and _is_wide(sx, sy, a, b)
+    columns = taps * b if flatten else b
+    swap = a <= device.matrix_columns < min(columns, 16)
     config = choose_config(
-        a,
-        taps * b if flatten else b,
+        *((columns, a) if swap else (a, columns)),
         pixels,
         dtype.itemsize,
         _uses_tensor_cores(dtype, tf32),
@@ -294,18 +296,22 @@ def plan_weight_grad(
         device,
         parts=device.multiprocessors,
     )
+    if swap:
+        config = replace(config, block_m=config.block_n, block_n=config.block_m)
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
-    split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
+    splits = choose_splits(tiles, steps, math.prod(weight), device)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
     constants = _layer_constants(kernel, geometry, b, a, sx, sy) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,
+        "SWAP": swap,
         "INDEX": _index_dtype(pixels),
     }
     constants |= _dtype_constants(dtype, tf32) | _block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], sx, sy)
-    return Plan(conv_weight_grad_kernel, (tiles, triton.cdiv(steps, split_steps)), (*sizes, split_steps), constants)
+    return Plan(conv_weight_grad_kernel, (tiles, splits), sizes, constants)
 
 
 def _sizes(
@@ -328,6 +334,25 @@ def _sizes(
         *sy,
         *three(geometry.padding, 0),
     )
+
+
+def is_better_flat(weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether X^T has so few channels to sum over that it runs as the convolution it is at stride 1.
+
+    That sums over flat (tap, channel) indices, where X^T would fill each tap's channels up to a block of 16. It has
+    narrow tiles, so only with few output channels too.
+    """
+    few = weight[0] // geometry.groups < 16 and weight[1] <= 32
+    return few and math.prod(weight[2:]) > 1 and max(geometry.stride) == 1
+
+
+def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
+    """Weight and geometry of the convolution that X^T is at stride 1: channels change sides, the taps run backward."""
+    sides = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
+    padding = tuple(
+        d * (k - 1) - p for k, p, d in zip(weight.shape[2:], geometry.padding, geometry.dilation, strict=True)
+    )
+    return sides.flip(*range(2, weight.dim())), geometry._replace(padding=padding)
 
 
 def _launch_forward(
@@ -396,7 +421,24 @@ def apply_transposed(
     Shapes: x (N, groups A, *in), weight (groups A, B, *kernel), bias (groups B,), y and residual (N, groups B, *out);
     residual has y's strides.
     """
-    _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
+    planner = plan_apply_transposed
+    if is_better_flat(weight.shape, geometry):
+        weight, geometry = as_convolution(weight, geometry)
+        planner = plan_apply
+    _launch_forward(planner, x, weight, bias, residual, y, geometry, relu, tf32)
+
+
+def describe(
+    transposed: bool, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, geometry: Geometry, *, tf32: bool
+) -> str:
+    """What is special about the launch of `apply`, or of `apply_transposed`, with these; their values don't matter."""
+    if y.numel() == 0:
+        return ""
+    planner = plan_apply_transposed if transposed else plan_apply
+    if transposed and is_better_flat(weight.shape, geometry):
+        weight, geometry = as_convolution(weight, geometry)
+        planner = plan_apply
+    return planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 
 def weight_grad(

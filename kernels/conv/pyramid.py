@@ -38,6 +38,8 @@ def plan_pyramid(
         kernel = weight[2:]
         stride, padding, *_ = same_geometry(kernel, dilation)
         found = zones.find_zones(kernel, stride, padding, dilation, size, size, False)
+        if found is None:
+            return None
         branches.append(zones.Branch(found, kernel, weight[0], in_channels, channel, element))
         channel += weight[0]
         element += math.prod(weight)

@@ -7,7 +7,15 @@ from ..tile import dot, element_offset, in_bounds, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "SPLIT_STEPS"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit
+def _reached(offset, S: tl.constexpr, SIZE, OUT):
+    """First output pixel o of one axis whose input pixel S o + offset exists, and how many follow each other."""
+    low = (tl.maximum(-offset, 0) + S - 1) // S
+    high = tl.minimum((tl.maximum(SIZE - offset, 0) + S - 1) // S, OUT)
+    return low, tl.maximum(high - low, 0)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_weight_grad_kernel(
     x_ptr,  # (N, groups * B, ID, IH, IW)
     y_ptr,  # (N, groups * A, OD, OH, OW)
@@ -35,7 +43,6 @@ def conv_weight_grad_kernel(
     PAD_D,
     PAD_H,
     PAD_W,
-    SPLIT_STEPS,
     NDIM: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
@@ -52,6 +59,7 @@ def conv_weight_grad_kernel(
     Y_VEC: tl.constexpr,
     W_CHANNELS_LAST: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SWAP: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,9 +70,11 @@ def conv_weight_grad_kernel(
 ):
     """w[a, b, r] = sum over pixels of y[n, a, o] x[n, b, s o - p + d r]: BLOCK_M channels a by BLOCK_N columns.
 
-    The sum over pixels is split over the launch grid's second axis, SPLIT_STEPS blocks of BLOCK_K pixels each, into
-    as many partial results. A tile's columns are channels b of one tap; with FLATTEN they are flat (tap, b) indices,
-    for inputs with few channels.
+    A tile's columns are channels b of one tap, and its sum runs over the pixels that this tap brings to an input pixel:
+    a box of them, so no padding is multiplied. With FLATTEN columns are flat (tap, b) indices, for inputs with few
+    channels, and the sum runs over all pixels. It is split over the launch grid's second axis, in blocks of BLOCK_K,
+    into as many partial results. With SWAP, for few channels a, the product is taken the other way round: matrix
+    instructions have no fewer than 16 rows, but 8 columns.
     """
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
@@ -95,11 +105,28 @@ def conv_weight_grad_kernel(
     offs_xc = (group * B + b) * stride_xc
     offs_yc = (group * A + offs_a) * stride_yc
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    pixel0 = split.to(INDEX) * SPLIT_STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    for step in range(0, SPLIT_STEPS):
+    if FLATTEN:
+        pixels = N.to(INDEX) * OD * OH * OW
+    else:
+        low_d, OD = _reached(rd, SD, ID, OD)
+        low_h, OH = _reached(rh, SH, IH, OH)
+        low_w, OW = _reached(rw, SW, IW, OW)
+        pixels = N.to(INDEX) * OD * OH * OW
+        # No pixel is no step; but the compiler may divide by these ahead of the loop.
+        OD = tl.maximum(OD, 1)
+        OH = tl.maximum(OH, 1)
+        OW = tl.maximum(OW, 1)
+    split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=ACC)
+    pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    for step in range(0, split_steps):
         n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
         mask_k = n < N
+        if not FLATTEN:
+            od += low_d
+            oh += low_h
+            ow += low_w
         offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
         y = tl.load(y_ptr + offs_y[:, None] + offs_yc[None, :], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
         i_d = od * SD
@@ -119,11 +146,13 @@ def conv_weight_grad_kernel(
             mask_x = mask_x & mask_k[:, None] & mask_b[None, :]
             x_ptrs = x_ptr + offs_x[:, None] + (offs_tap + offs_xc)[None, :]
         else:
-            mask_x = in_bounds(i_d + rd, i_h + rh, i_w + rw, ID, IH, IW, NDIM) & mask_k
-            mask_x = mask_x[:, None] & mask_b[None, :]
+            mask_x = mask_k[:, None] & mask_b[None, :]
             x_ptrs = x_ptr + (offs_x + offs_tap)[:, None] + offs_xc[None, :]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        acc = dot(tl.trans(y), x, acc, PRECISION, UPCAST)
+        rows = x if SWAP else y
+        acc = dot(tl.trans(rows), y if SWAP else x, acc, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
 
     offs_w = (split * GROUPS + group) * A + offs_a
     offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap

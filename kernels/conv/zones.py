@@ -20,7 +20,7 @@ import torch
 
 # Below this share of the tile-taps of plain tiles, zones are worth their look-up. Not measured on a GPU yet.
 WORTH = 0.9
-# More zones than this (a kernel larger than the map, in two or three axes) take plain tiles.
+# More zones than this (many taps that outgrow the map, or many phases) take plain tiles.
 MOST_ROWS = 256
 COLUMNS = 32  # of the table: five of the zone, then eight for each axis
 
@@ -77,7 +77,9 @@ def _split(run: Run, size: int) -> Iterator[Run]:
         )
 
 
-def _axis_runs(kernel: int, stride: int, padding: int, dilation: int, size: int, out: int, transposed: bool):
+def _axis_runs(
+    kernel: int, stride: int, padding: int, dilation: int, size: int, out: int, transposed: bool
+) -> list[Run]:
     """All runs of one axis, from `size` input pixels to `out` output pixels of X, or with `transposed` of X^T."""
     if not transposed:
         return list(_split(Run(0, 1, out, -padding, stride, dilation, 0, 1, kernel), size))
@@ -102,9 +104,14 @@ def find_zones(
     size: Sequence[int],
     out: Sequence[int],
     transposed: bool,
-) -> tuple[Zone, ...]:
-    """The zones of X, or of X^T, from an input of `size` to an output of size `out`; those with the most taps first."""
+) -> tuple[Zone, ...] | None:
+    """The zones of X, or of X^T, from an input of `size` to an output of size `out`; those with the most taps first.
+
+    None where they are more than a launch looks up.
+    """
     axes = [_axis_runs(*axis, transposed) for axis in zip(kernel, stride, padding, dilation, size, out, strict=True)]
+    if math.prod(len(runs) for runs in axes) > MOST_ROWS:
+        return None
     absent = [[WHOLE]] * (3 - len(axes))
     zones = [Zone(runs) for runs in itertools.product(*absent, *axes)]
     return tuple(sorted(zones, key=lambda zone: -zone.taps))

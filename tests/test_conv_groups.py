@@ -1,0 +1,107 @@
+"""Groups of few channels: how much of what the matrix units multiply is wanted, and the results against fp64."""
+
+import backstride.fused_ops as fused
+import pytest
+import torch
+import torch.nn.functional as F
+from backstride.kernels.conv import launch
+from backstride.kernels.conv.launch import Geometry
+from backstride.kernels.runtime import H200, Device
+
+from .test_conv import both_layouts, check_forward_and_gradients, random_tensors
+
+GROUPS, TAPS = 32, 9
+
+
+def padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def useful_share(plan: launch.Plan, channels: int) -> float:
+    """Multiply-adds of the layer over those of its tiles, for each group's 3x3 taps, its channels in and out."""
+    c = plan.constants
+    if plan.kernel is launch.conv_weight_grad_kernel:
+        columns = padded(TAPS * channels, c["BLOCK_N"]) if c["FLATTEN"] else TAPS * padded(channels, c["BLOCK_N"])
+        issued = padded(channels, c["BLOCK_M"]) * columns
+    else:
+        terms = padded(TAPS * channels, c["BLOCK_K"]) if c.get("FLATTEN") else TAPS * padded(channels, c["BLOCK_K"])
+        issued = terms * padded(channels, c["BLOCK_N"])
+    return TAPS * channels * channels / issued
+
+
+def plans(channels: int, device: Device) -> tuple[launch.Plan, ...]:
+    """Forward, input gradient and weight gradient of ResNeXt's 3x3 layer in bf16, channels_last."""
+    total = GROUPS * channels
+    image = launch.Layout((8, total, 33, 33), (33 * 33 * total, 1, 33 * total, total))
+    geometry = Geometry((1, 1), (1, 1), (1, 1), GROUPS)
+    weight = (total, channels, 3, 3)
+    rest = torch.bfloat16, False, device
+    assert launch.is_better_flat(weight, geometry) == (channels < 16)
+    # At stride 1 the input gradient of a layer with equal channels in and out is planned as the layer itself.
+    backward = launch.plan_apply if channels < 16 else launch.plan_apply_transposed
+    return (
+        launch.plan_apply(image, weight, image, geometry, *rest),
+        backward(image, weight, image, geometry, *rest),
+        launch.plan_weight_grad(image, weight, True, image, geometry, *rest),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "shares"),
+    [
+        (2, (0.14, 0.14, 0.14)),
+        (4, (0.38, 0.38, 0.38)),
+        (8, (0.90, 0.90, 0.75)),
+        (16, (1, 1, 1)),
+        (32, (1, 1, 1)),
+    ],
+)
+def test_share_of_wanted_products(channels, shares):
+    """With 16 columns at least, and the input gradient's channels padded tap by tap, the shares of 2, 4 and 8
+    channels were 0.07, 0.19, 0.45 forward, 0.02, 0.06, 0.25 by the input and 0.07, 0.14, 0.38 by the weight."""
+    assert [useful_share(plan, channels) for plan in plans(channels, H200)] == pytest.approx(shares, abs=0.006)
+
+
+def test_wider_matrix_instructions_have_wider_tiles():
+    for plan in plans(4, H200._replace(matrix_columns=16)):
+        assert min(plan.constants["BLOCK_M"], plan.constants["BLOCK_N"]) == 16
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "c_out", "kernel", "stride", "padding", "dilation", "groups"),
+    [
+        ((2, 6, 5, 4), 12, (3, 3), 1, 1, 1, 3),
+        ((1, 8, 6, 5), 8, (2, 3), (1, 2), (0, 2), 2, 2),
+        ((1, 16, 5, 5), 4, (3, 1), 1, (4, 0), 1, 2),
+    ],
+    ids=["2 to 4 channels", "stride 2", "8 to 2, padding beyond the taps"],
+)
+def test_against_torch(shape, c_out, kernel, stride, padding, dilation, groups, dtype, device):
+    x, w, b = random_tensors(17, shape, (c_out, shape[1] // groups, *kernel), (c_out,), dtype=dtype, device=device)
+    arguments = (stride, padding, dilation, groups)
+    for tensors in both_layouts(x, w, b):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        check_forward_and_gradients(
+            lambda *t: fused.conv2d(*t, *arguments), lambda *t: F.conv2d(*t, *arguments), tensors
+        )
+
+
+def test_transposed_epilogue_of_few_channels(device):
+    """At stride 1 it runs as a convolution: with bias, residual, ReLU, and more padding than taps."""
+    shapes = (1, 4, 7, 6), (4, 3, 3, 2), (6,), (1, 6, 3, 3)
+    tensors = [t.requires_grad_() for t in random_tensors(18, *shapes, dtype=torch.float32, device=device)]
+    check_forward_and_gradients(
+        lambda x, w, b, r: fused.conv_transpose2d(x, w, b, padding=(3, 2), groups=2, residual=r, activation="relu"),
+        lambda x, w, b, r: F.relu(F.conv_transpose2d(x, w, b, padding=(3, 2), groups=2) + r),
+        tensors,
+    )
+
+
+def test_weight_gradient_of_few_channels_is_split_and_right(device):
+    x, w = random_tensors(19, (1, 8, 20, 20), (8, 2, 3, 3), dtype=torch.float32, device=device)
+    w.requires_grad_()
+    (expected,) = torch.autograd.grad(F.conv2d(x.double(), w.double(), groups=4).sin().sum(), w)
+    (result,) = torch.autograd.grad(fused.conv2d(x, w, groups=4).sin().sum(), w)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)

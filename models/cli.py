@@ -18,6 +18,7 @@ from .options import DeviceOption, ResumeOption, console, find_device, given_set
 from .recurrent.bptt import show_bptt
 from .segmentation.commands import predict, train_scenes
 from .segmentation.networks import NETWORKS
+from .segmentation.sliding_window import show_sliding_window
 from .segmentation.speed import show_icnet
 from .segmentation.unet import Padding
 from .training import distributed
@@ -43,7 +44,7 @@ for name, scene_network in NETWORKS.items():
     train_app.command(name, short_help=summary, help=f"{summary}\n\n{details}")(train_scenes)
 app.command("predict")(predict)
 app.command("sample")(sample_text)
-show_app = typer.Typer(no_args_is_help=True, help="Show one idea in numbers.")
+show_app = typer.Typer(no_args_is_help=True, help="Show one idea of the networks in numbers.")
 app.add_typer(show_app, name="show")
 
 
@@ -150,6 +151,13 @@ def icnet(
 ) -> None:
     """Time ICNet on frames of 1024 x 2048 pixels on a GPU: frames per second, fused and by torch."""
     show_icnet(console, find_device(device), frames)
+
+
+@show_app.command("sliding-window")
+def sliding_window() -> None:
+    """Turn a classifier's dense layers into convolutions: one pass gives the scores of all windows, and saves most
+    multiply-adds."""
+    show_sliding_window(console)
 
 
 @app.command()

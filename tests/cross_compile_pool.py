@@ -1,14 +1,17 @@
-"""The pooling kernels on real layers, as cases to compile."""
+"""The pooling kernels on real layers, as cases to compile; run as a module it prints how SegNet's store and load."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from backstride.kernels.pool import Windows, launch, pool
 
-from .cross_compile import Case, Target
+from .cross_compile import TARGETS, Case, Target, compile_for
 
 # name, image, windows
 LAYERS = [
@@ -16,6 +19,7 @@ LAYERS = [
     ("ResNet 3x3 s2", (16, 64, 256, 256), Windows((3, 3), (2, 2), (1, 1), (1, 1))),
     ("1-D 2 s2", (16, 64, 4096), Windows((2,), (2,), (0,), (1,))),
     ("V-Net 2x2x2", (2, 32, 64, 64, 64), Windows((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1))),
+    ("V-Net 3x3x3 s2", (2, 32, 64, 64, 64), Windows((3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))),
     ("SPP 13x13 s1", (8, 512, 13, 13), Windows((13, 13), (1, 1), (6, 6), (1, 1))),
 ]
 POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
@@ -53,3 +57,21 @@ def cases(target: Target) -> Iterator[Case]:
     for kernel in (pool.claim_kernel, pool.fill_kernel):
         constants = {"BLOCK": launch.BLOCK} | options
         yield Case(kernel, _signature(kernel, constants, "*i64"), constants, "any", "bf16")
+
+
+def memory_instructions(target: str) -> dict[str, dict[str, list[str]]]:
+    """Case by case, the instructions by which SegNet's kernels read and write global memory."""
+    found = {}
+    for case in cases(TARGETS[target]):
+        if case.name.startswith("SegNet") and case.name.endswith("offsets"):
+            assembly = compile_for(case, target).asm
+            text = assembly.get("ptx") or assembly["amdgcn"]
+            found[f"{case.kernel.__name__}, {case.name}"] = {
+                kind: sorted(set(re.findall(rf"(?:{short}\.global|global_{kind}_)\S*", text)))
+                for kind, short in (("store", "st"), ("load", "ld"))
+            }
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(memory_instructions(sys.argv[1])))

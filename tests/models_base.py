@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from backstride.fused_ops import dispatch
 from backstride.models.training.checkpoint import load_weights, save_weights
 from torch import Tensor, nn
 
@@ -32,8 +33,9 @@ def fuse_only(network: nn.Module, *prefixes: str) -> nn.Module:
 class NetworkTests:
     """Subclass as `class TestX(NetworkTests)` and set the class variables.
 
-    ops="fused" runs here as it does on this machine: interpreted kernels where there is no GPU, which are slow.
-    So `tiny` should be the smallest network that has every kind of layer.
+    Without a GPU ops="fused" is tested twice: a few steps on the interpreted kernels, which are slow, so that `tiny`
+    should be the smallest network that has every kind of layer; and with the fixture `aten` as on a user's machine
+    without a GPU: sizes, ten training steps, compilation.
     """
 
     network: ClassVar[type[nn.Module]]
@@ -48,21 +50,39 @@ class NetworkTests:
     """keyword arguments of the constructor"""
     tiny_sizes: ClassVar[dict[tuple[int, int], tuple[int, int]]]
     """height and width that the tiny network takes -> those of its output; the smallest first"""
+    too_large: ClassVar[tuple[str, ...]] = ()
+    """layers of the tiny network that take the interpreter minutes: there torch computes them"""
     batch_size: ClassVar[int] = 1
-    training_steps: ClassVar[int] = 10
+    interpreted_steps: ClassVar[int] = 2
+    """training steps on the interpreted kernels"""
+    compiled_sizes: ClassVar[int] = 1
     learning_rate: ClassVar[float] = 0.02
 
+    @pytest.fixture
+    def aten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CPU tensors take the way that they take without TRITON_INTERPRET."""
+        monkeypatch.setattr(dispatch, "INTERPRETED", False)
+        torch._dynamo.reset()
+
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
+        """The tiny network; where its weights start at zero, which would hide what is below, they don't here."""
         torch.manual_seed(0)
-        return self.network(1, 2, ops=ops, **(self.tiny | kwargs))
+        network = self.network(1, 2, ops=ops, **(self.tiny | kwargs))
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=1.0 if parameter.dim() > 1 else 0.1)
+        return network
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """A fused and a torch network with the same fp64 weights, and biases and score layers that are not zero."""
+        """A fused and a torch network with the same fp64 weights."""
         fused, torch_ = self.build("fused").double(), self.build("torch").double()
-        for name, parameter in fused.named_parameters():
-            if name.endswith("bias") or not parameter.any():
-                nn.init.normal_(parameter, std=0.1)
         torch_.load_state_dict(fused.state_dict())
+        return fused, torch_
+
+    def interpretable_pair(self) -> tuple[nn.Module, nn.Module]:
+        fused, torch_ = self.pair()
+        for name in self.too_large:
+            fused.get_submodule(name).ops = "torch"
         return fused, torch_
 
     def sample(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,10 +109,13 @@ class NetworkTests:
             network(torch.empty(self.published_input))
         assert seen == self.layer_table
 
-    def test_any_size(self):
-        network = self.build("torch").eval()
+    def test_any_size(self, aten: None):
+        fused, torch_ = (network.eval() for network in self.pair())
         for size, output_size in self.tiny_sizes.items():
-            assert network(torch.zeros(2, 1, *size)).shape == (2, 2, *output_size)
+            x = torch.randn(2, 1, *size, dtype=torch.float64)
+            output = fused(x)
+            assert output.shape == (2, 2, *output_size)
+            torch.testing.assert_close(output, torch_(x), rtol=1e-10, atol=1e-10)
 
     def test_unknown_ops(self):
         with pytest.raises(ValueError, match=r'ops=\'cudnn\' .*"fused" .* "torch"'):
@@ -103,9 +126,9 @@ class NetworkTests:
         fused.load_state_dict(torch_.state_dict(), strict=True)
         torch_.load_state_dict(fused.state_dict(), strict=True)
 
-    def test_same_outputs_and_gradients(self):
+    def test_same_outputs_and_gradients_on_the_kernels(self):
         results = []
-        for network in self.pair():
+        for network in self.interpretable_pair():
             x = self.sample().requires_grad_()
             output = network.eval()(x)
             output.square().sum().backward()
@@ -115,19 +138,37 @@ class NetworkTests:
             assert theirs.abs().max() > 0
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * theirs.abs().max().item())
 
-    def test_same_losses_over_training_steps(self):
-        fused, torch_ = (self._train(network, self.training_steps) for network in self.pair())
+    def test_same_losses_over_training_steps_on_the_kernels(self):
+        fused, torch_ = (self._train(network, self.interpreted_steps) for network in self.interpretable_pair())
+        assert fused == pytest.approx(torch_, rel=1e-9)
+
+    def test_same_losses_over_ten_training_steps(self, aten: None):
+        fused, torch_ = (self._train(network, 10) for network in self.pair())
         assert fused[-1] < 0.9 * fused[0]
         assert fused == pytest.approx(torch_, rel=1e-9)
+
+    def test_compiles_without_graph_breaks(self, aten: None):
+        """Forward and backward. The second size makes sizes dynamic, which takes long to compile."""
+        network = self.build().eval()
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for size in list(self.tiny_sizes)[: self.compiled_sizes]:
+            x = torch.randn(1, 1, *size)
+            outputs = [f(x) for f in (network, compiled)]
+            torch.testing.assert_close(*outputs)
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), learnt) for y in outputs))
+
+    def target(self) -> Tensor:
+        """The class of each column of the smallest output."""
+        return torch.arange(next(iter(self.tiny_sizes.values()))[1]) % 2
 
     def _train(self, network: nn.Module, steps: int) -> list[float]:
         optimizer = torch.optim.SGD(network.parameters(), self.learning_rate, momentum=0.9)
         x = self.sample()
-        target = torch.arange(next(iter(self.tiny_sizes.values()))[1]) % 2
         losses = []
         for _ in range(steps):
             logits = network.train()(x)
-            loss = F.cross_entropy(logits, target.expand(len(logits), *logits.shape[2:]))
+            loss = F.cross_entropy(logits, self.target().expand(len(logits), *logits.shape[2:]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -48,12 +48,11 @@ class DeepLabTests(NetworkTests):
     learning_rate = 0.1
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
-        network = awakened(without_dropout(super().build(ops, **kwargs)))
-        return network if ops != "fused" else fuse_only(network, *self.fused)
+        return awakened(without_dropout(super().build(ops, **kwargs)))
 
-    def pair(self) -> tuple[nn.Module, nn.Module]:
-        fused, torch_ = super().pair()
-        return awakened(fused), awakened(torch_)
+    def interpretable_pair(self) -> tuple[nn.Module, nn.Module]:
+        fused, torch_ = self.pair()
+        return fuse_only(fused, *self.fused), torch_
 
 
 class TestDeepLabV2(DeepLabTests):

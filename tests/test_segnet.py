@@ -25,7 +25,7 @@ class TestSegNet(NetworkTests):
     ]
     tiny = {"stages": ((2, 2), (3,))}
     tiny_sizes = {(4, 5): (4, 5), (1, 2): (1, 2), (37, 50): (37, 50)}
-    training_steps = 2
+    compiled_sizes = 2
     learning_rate = 0.1
 
 
@@ -46,7 +46,6 @@ class TestSegNetBasic(NetworkTests):
     ]
     tiny = {"width": 2, "kernel": 3}
     tiny_sizes = {(6, 17): (6, 17), (1, 2): (1, 2), (37, 50): (37, 50)}
-    training_steps = 3
     learning_rate = 0.1
 
 
@@ -72,7 +71,6 @@ class TestDeconvNet(NetworkTests):
     ]
     tiny = {"stages": ((2, 2), (3,)), "dense": 4, "window": 2}
     tiny_sizes = {(8, 9): (8, 9), (5, 6): (5, 6), (37, 50): (37, 50)}
-    training_steps = 3
     learning_rate = 0.1
 
     def test_too_small_an_image(self):

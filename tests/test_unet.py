@@ -1,13 +1,10 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from backstride.models.layers import Conv2d, UpConvConcat2d
 from backstride.models.segmentation.unet import UNet
 from torch import nn
 
-from .models_base import NetworkTests, without_interpreter
+from .models_base import NetworkTests
 
 
 class TestUNet(NetworkTests):
@@ -41,6 +38,8 @@ class TestUNet(NetworkTests):
         ("classifier", (1, 2, 388, 388)),
     ]
     tiny = {"width": 2, "depth": 1, "dropout": 0.0}
+    interpreted_steps = 10
+    compiled_sizes = 2
     tiny_sizes = {(18, 20): (2, 4), (50, 18): (34, 2), (64, 66): (48, 50)}
 
 
@@ -55,6 +54,7 @@ class TestUNetSamePadding(TestUNet):
     ]
     tiny = {"width": 2, "depth": 1, "dropout": 0.0, "padding": "same"}
     tiny_sizes = {(4, 6): (4, 6), (2, 30): (2, 30)}
+    compiled_sizes = 1
 
 
 def test_skip_comes_first_and_is_cropped_at_the_centre():
@@ -144,29 +144,6 @@ def test_wrong_channels_or_dimensions(shape):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         UNet(**arguments)
-
-
-COMPILE = """
-import torch
-from backstride.models.segmentation.unet import UNet
-torch.set_num_threads(1)
-for padding, size in (("valid", 18), ("same", 4)):
-    network = UNet(width=2, depth=1, padding=padding).eval()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    for wider in (0, 4):
-        x = torch.randn(1, 1, size, size + wider)
-        expected, got = network(x), compiled(x)
-        torch.testing.assert_close(got, expected)
-        parameters = list(network.parameters())
-        torch.testing.assert_close(
-            torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
-        )
-"""
-
-
-def test_compiles_without_graph_breaks():
-    """In a process of its own: whether Triton interprets is decided at import, and compiling wants it not to."""
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=without_interpreter())
 
 
 @pytest.mark.gpu

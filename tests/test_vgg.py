@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from backstride.models.segmentation.deconvnet import DeconvNet
 from backstride.models.segmentation.fcn import FCN
 from backstride.models.segmentation.segnet import SegNet
-from backstride.models.segmentation.vgg import VGG16, convolutionalize, load_vgg16
+from backstride.models.segmentation.sliding_window import multiply_adds, show_sliding_window, vgg16
+from backstride.models.segmentation.vgg import VGG16, VGG16_STAGES, convolutionalize, load_vgg16
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -149,6 +151,31 @@ def test_one_pass_over_a_larger_image_equals_the_sliding_window():
         for column in range(7):
             torch.testing.assert_close(y[:, row, column], classify(2 * row, 2 * column))
     assert y.flatten(1).std(1).min() > 1e-3
+
+
+def test_multiply_adds_of_vgg16():
+    """By hand: 3x3 convolutions at each stage's size, then the dense layers at every position of the 7x7 window."""
+    for height, width in ((224, 224), (320, 512)):
+        count, before = 0, 3
+        for stage, widths in enumerate(VGG16_STAGES):
+            for channels in widths:
+                count += 9 * before * channels * (height >> stage) * (width >> stage)
+                before = channels
+        rows, columns = height // 32 - 6, width // 32 - 6
+        count += rows * columns * (49 * 512 * 4096 + 4096 * 4096 + 4096 * 1000)
+        assert vgg16().windows(height, width) == (rows, columns)
+        assert multiply_adds(vgg16(), height, width) == (15_470_264_320, count)
+
+
+def test_sliding_window_is_shown(capsys):
+    show_sliding_window(Console(width=80))
+    output = capsys.readouterr().out
+    assert "…" not in output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    assert [row[1] for row in rows[:2]] == ["1x1", "5x9"]
+    for *_, largest, difference in rows[:2]:
+        assert float(difference) <= 1e-14 < float(largest)
+    assert rows[4] == ["512x512", "10x10", "1.5 T", "92.5 G", "16.7x", "4,055 T", "43,823x"]
 
 
 def test_the_copy_has_weights_of_its_own():

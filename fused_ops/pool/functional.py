@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from ..dispatch import ATEN, REFUSED, Path, explained_by, kernel_path
 from . import ops
 
 IntOrTuple = int | Sequence[int]
-POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 UNPOOLS: dict[int, Callable[..., Any]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
 
 
@@ -74,7 +73,7 @@ def _plan_pool(axes: int, input, kernel_size, stride, padding, dilation, ceil_mo
 def _pool(axes: int, arguments: tuple[Any, ...], return_indices: bool) -> Any:
     call, path = _plan_pool(axes, *arguments)
     if call is None or (path.name == ATEN and not torch.compiler.is_compiling()):
-        return POOLS[axes](*arguments, return_indices)
+        return ops.ATEN_POOLS[axes](*arguments, return_indices)
     result = ops.max_pool(call.x, *call.windows, call.size, False)
     values, indices = result if call.batched else (t.squeeze(0) for t in result)
     return (values, indices) if return_indices else values
@@ -103,24 +102,10 @@ def _plan_unpool(axes: int, input, indices, kernel_size, stride, padding, output
     return (size, kernel_path(input)) if size is not None and fits else (None, REFUSED)
 
 
-def _check_indices(indices: Tensor, size: Sequence[int]) -> None:
-    """On the CPU always, as torch; on a GPU, where it has to wait for it, with BACKSTRIDE_CHECK_INDICES=1."""
-    if torch.compiler.is_compiling() or (indices.is_cuda and os.environ.get("BACKSTRIDE_CHECK_INDICES") != "1"):
-        return
-    pixels = torch.Size(size).numel()
-    wrong = indices[(indices < 0) | (indices >= pixels)]
-    if wrong.numel():
-        raise RuntimeError(
-            f"Found an invalid max index: {wrong[0].item()} (output volumes are of size {'x'.join(map(str, size))}); "
-            "indices must come from a pooling of an image of that size"
-        )
-
-
 def _unpool(axes: int, input, indices, kernel_size, stride, padding, output_size) -> Tensor:
-    size, path = _plan_unpool(axes, input, indices, kernel_size, stride, padding, output_size)
-    if size is None or (path.name == ATEN and not torch.compiler.is_compiling()):
+    size, _ = _plan_unpool(axes, input, indices, kernel_size, stride, padding, output_size)
+    if size is None:
         return UNPOOLS[axes](input, indices, kernel_size, stride, padding, output_size)
-    _check_indices(indices, size)
     if input.dim() == axes + 1:
         return ops.max_unpool(input.unsqueeze(0), indices.unsqueeze(0), size).squeeze(0)
     return ops.max_unpool(input, indices, size)
@@ -140,18 +125,30 @@ def _unpool_planner(axes: int) -> Callable[..., Path]:
     return plan
 
 
+def _offsets_planner(axes: int) -> Callable[..., Path]:
+    def plan(input, offsets, output_size, kernel_size, stride, padding, dilation) -> Path:
+        call = _bind(axes, input, kernel_size, stride, padding, dilation)
+        return REFUSED if call is None else kernel_path(call.x)
+
+    return plan
+
+
 def _with_offsets(axes: int, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     call, _ = _plan_pool(axes, *arguments)
     if call is None:
-        POOLS[axes](*arguments)  # raises, and says why
+        ops.ATEN_POOLS[axes](*arguments)  # raises, and says why
         raise ValueError(f"max_pool{axes}d_with_offsets takes what max_pool{axes}d takes")
-    taps = torch.Size(call.windows[0]).numel()
-    if taps > 255:
-        raise ValueError(f"a window of {taps} pixels has no offset in 8 bits; at most 255, or use max_pool{axes}d")
+    _check_taps(call.windows[0])
     if not call.x.is_floating_point():
         raise TypeError(f"max_pool{axes}d_with_offsets takes floating numbers, got {call.x.dtype}; convert them")
     result = ops.max_pool(call.x, *call.windows, call.size, True)
     return result if call.batched else (result[0].squeeze(0), result[1].squeeze(0))
+
+
+def _check_taps(kernel: Sequence[int]) -> None:
+    taps = math.prod(kernel)
+    if taps > 255:
+        raise ValueError(f"a window of {taps} pixels has no offset in 8 bits: take indices, or at most 255 pixels")
 
 
 def _from_offsets(axes: int, input, offsets, output_size, kernel_size, stride, padding, dilation) -> Tensor:
@@ -290,8 +287,8 @@ def max_pool2d_with_offsets(
 ) -> tuple[Tensor, Tensor]:
     """`max_pool2d` with the place of each maximum as its offset in the window (uint8): r = r_h k_w + r_w.
 
-    An eighth of the memory of indices. Reference: `max_pool2d(..., return_indices=True)` and
-    `kernels/pool/reference.py`, whose `indices_of_offsets` and `offsets_of_indices` convert.
+    An eighth of the memory of indices. Reference: `max_pool2d(..., return_indices=True)`; `offsets_to_indices` and
+    `indices_to_offsets` convert.
 
     Errors: torch's own; ValueError for a window of more than 255 pixels, TypeError for whole numbers.
     """
@@ -311,7 +308,7 @@ def max_pool3d_with_offsets(
     return _with_offsets(3, (input, kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@explained_by(_pool_planner(1))
+@explained_by(_offsets_planner(1))
 def max_unpool1d_with_offsets(
     input: Tensor,
     offsets: Tensor,
@@ -325,7 +322,7 @@ def max_unpool1d_with_offsets(
     return _from_offsets(1, input, offsets, output_size, kernel_size, stride, padding, dilation)
 
 
-@explained_by(_pool_planner(2))
+@explained_by(_offsets_planner(2))
 def max_unpool2d_with_offsets(
     input: Tensor,
     offsets: Tensor,
@@ -339,16 +336,17 @@ def max_unpool2d_with_offsets(
     arXiv 1311.2901, section 2.1; Badrinarayanan et al. 2017, arXiv 1511.00561).
 
     Each pixel looks at the windows that reach it and is written once; of several that name it, the last stands.
-    Reference: `max_unpool2d(input, indices_of_offsets(offsets, ...), ..., output_size)`.
+    Reference: `max_unpool2d(input, offsets_to_indices(offsets, ...), ..., output_size)`.
 
     Shapes: input and offsets (N, C, H, W) or (C, H, W), output (N, C, *output_size).
 
-    Errors: ValueError for offsets of another dtype or shape.
+    Errors: ValueError for offsets of another dtype or shape. An offset outside of its window or the output is treated
+    as `max_unpool2d` treats a wrong index: an error on the CPU, left out on a GPU.
     """
     return _from_offsets(2, input, offsets, output_size, kernel_size, stride, padding, dilation)
 
 
-@explained_by(_pool_planner(3))
+@explained_by(_offsets_planner(3))
 def max_unpool3d_with_offsets(
     input: Tensor,
     offsets: Tensor,
@@ -429,10 +427,22 @@ def indices_to_offsets(
     padding: IntOrTuple = 0,
     dilation: IntOrTuple = 1,
 ) -> Tensor:
-    """Our offsets (uint8), from torch's indices; the inverse of `offsets_to_indices`."""
-    return reference.offsets_of_indices(
-        indices, *_conversion(indices, input_size, kernel_size, stride, padding, dilation)
-    )
+    """Our offsets (uint8), from torch's indices; the inverse of `offsets_to_indices`.
+
+    Shapes: indices (N, C, *out). Errors: ValueError for windows that do not fit the axes or have more than 255 pixels,
+    and, for indices on the CPU, for one that is not in its window.
+    """
+    size, windows = _conversion(indices, input_size, kernel_size, stride, padding, dilation)
+    _check_taps(windows.kernel)
+    offsets = reference.offsets_of_indices(indices, size, windows)
+    if not indices.is_cuda:  # a GPU would have to be waited for
+        wrong = indices[reference.indices_of_offsets(offsets, size, windows) != indices]
+        if wrong.numel():
+            raise ValueError(
+                f"index {wrong[0].item()} is not in its window: indices must come from a pooling of an image of size "
+                f"{'x'.join(map(str, size))} with the same windows"
+            )
+    return offsets
 
 
 def _conversion(places: Tensor, input_size, kernel_size, stride, padding, dilation) -> tuple[list[int], Windows]:

@@ -11,11 +11,14 @@ is a spread, that of a spread or an unpooling is a pick, and that of a pick a sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import pool as kernels
@@ -32,6 +35,7 @@ library.define(f"max_pool_pick(Tensor x, Tensor index, {_WINDOWS}) -> Tensor")
 library.define("max_unpool(Tensor y, Tensor index, SymInt[] output_size) -> Tensor")
 
 registered = torch.ops.backstride
+ATEN_POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def _empty(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -51,20 +55,29 @@ def _max_pool(x, kernel, stride, padding, dilation, output_size, offsets):
     if kernel_path(x).name != ATEN:
         kernels.max_pool(x, y, index, windows)
         return y, index
-    values, places = reference.max_pool(x, output_size, windows)
+    values, places = _aten_max_pool(x, output_size, windows)
     places = reference.offsets_of_indices(places, x.shape[2:], windows) if offsets else places
-    return y.copy_(values), index.copy_(places)
+    return with_strides_of(y, values), with_strides_of(index, places)
+
+
+def _aten_max_pool(x: Tensor, size: Sequence[int], windows: Windows) -> tuple[Tensor, Tensor]:
+    floor = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(x.shape[2:], *windows, strict=True)]
+    return ATEN_POOLS[len(size)](x, *windows, ceil_mode=list(size) != floor, return_indices=True)
 
 
 def _max_pool_spread(y, index, kernel, stride, padding, dilation, input_size, total):
     windows = _windows(kernel, stride, padding, dilation)
     x = _empty(index, input_size, y.dtype)
-    if kernel_path(y).name != ATEN:
-        index = index.contiguous(memory_format=memory_format(index))  # the kernel has one set of strides for both
-        kernels.spread(with_strides_of(index, y), index, x, windows, total=total)
-        return x
-    define = reference.spread if total else reference.max_unpool
-    return x.copy_(define(y, _pixels(index, input_size, windows), input_size))
+    aten = kernel_path(y).name == ATEN
+    checked = not total and _checked(index)
+    pixels = _pixels(index, input_size, windows) if aten or checked else index
+    if checked:
+        _check(pixels, index, input_size)
+    if aten:
+        return with_strides_of(x, (reference.spread if total else _aten_max_unpool)(y, pixels, input_size))
+    index = index.contiguous(memory_format=memory_format(index))  # the kernel has one set of strides for both
+    kernels.spread(with_strides_of(index, y), index, x, windows, total=total)
+    return x
 
 
 def _max_pool_pick(x, index, kernel, stride, padding, dilation):
@@ -73,20 +86,48 @@ def _max_pool_pick(x, index, kernel, stride, padding, dilation):
     if kernel_path(x).name != ATEN:
         kernels.pick(x, with_strides_of(y, index), y, windows)
         return y
-    return y.copy_(reference.pick(x, _pixels(index, x.shape[2:], windows)))
+    return with_strides_of(y, reference.pick(x, _pixels(index, x.shape[2:], windows)))
 
 
 def _max_unpool(y, index, output_size):
     x = _empty(y, output_size)
+    if _checked(index):
+        _check(index, index, output_size)
     if kernel_path(y).name == ATEN:
-        return x.copy_(reference.max_unpool(y, index, output_size))
+        return with_strides_of(x, _aten_max_unpool(y, index, output_size))
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels.max_unpool(y.contiguous(), index.contiguous(), result)
     return with_strides_of(x, result)
 
 
+def _aten_max_unpool(y: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
+    """torch's own on the CPU, whose threads may meet at one pixel; where they did, the last in order has to stand."""
+    if not y.is_cuda and y.numel():
+        axes = len(size)
+        y2, index2, size2 = (y.unsqueeze(2), index.unsqueeze(2), [1, *size]) if axes == 1 else (y, index, size)
+        unpool = torch.ops.aten.max_unpool3d if axes == 3 else torch.ops.aten.max_unpool2d
+        x = unpool(y2, index2, size2, *([[1] * 3, [0] * 3] if axes == 3 else [])).view(*y.shape[:2], *size)
+        if torch.equal(x.flatten(2).gather(2, index.flatten(2)).view_as(y), y):
+            return x
+    return reference.max_unpool(y, index, size)
+
+
 def _pixels(index: Tensor, size: Sequence[int], windows: Windows) -> Tensor:
     return reference.indices_of_offsets(index, size, windows) if index.dtype == torch.uint8 else index
+
+
+def _checked(index: Tensor) -> bool:
+    """On the CPU always, as torch; on a GPU, where it has to wait for it, with BACKSTRIDE_CHECK_INDICES=1."""
+    return not index.is_cuda or os.environ.get("BACKSTRIDE_CHECK_INDICES") == "1"
+
+
+def _check(pixels: Tensor, index: Tensor, size: Sequence[int]) -> None:
+    wrong = index[(pixels < 0) | (pixels >= math.prod(size))]
+    if wrong.numel():
+        raise RuntimeError(
+            f"Found an invalid max index: {wrong[0].item()} (output volumes are of size {'x'.join(map(str, size))}); "
+            "indices and offsets must come from a pooling of an image of that size, with the same windows"
+        )
 
 
 for key in ("CPU", "CUDA"):

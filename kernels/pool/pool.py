@@ -1,75 +1,76 @@
-"""Kernels of max-pooling and unpooling. One lane per element of the result, in the order in which it lies in memory."""
+"""Kernels of max-pooling and unpooling. One lane per element of the result, in the order in which it lies in memory.
+
+So a result is written as it lies, several elements of a lane in one store. VEC, 16 or 1, is a divisor of NUMEL * VEC
+elements, and of C * VEC channels where these come last: the compiler has to see it. READ_VEC is one of every stride of
+the tensor that is read, whose channels then lie side by side.
+"""
 
 import triton
 import triton.language as tl
 
-from ..tile import element_offset, unravel
+from ..tile import in_bounds, unravel
 
 RUNTIME = ["NUMEL", "C", "ID", "IH", "IW", "OD", "OH", "OW", "PAD_D", "PAD_H", "PAD_W"]
-RUNTIME += [f"stride_{tensor}{axis}" for tensor in "xy" for axis in "ncdhw"]
+RUNTIME += [f"stride_{axis}" for axis in "ncdhw"]
 
 
 @triton.jit
 def locate(
-    NUMEL, C, D, H, W, NDIM: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+    NUMEL,
+    C,
+    D,
+    H,
+    W,
+    NDIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """This program's elements as (n, c, d, h, w), and which of them exist. INDEX: an integer that holds them all."""
+    """This program's elements, which of them exist, and each as (n, c, d, h, w). INDEX: an integer that holds them."""
     element = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < NUMEL
+    mask = element < NUMEL * VEC
     if CHANNELS_LAST:
-        n, d, h, w = unravel(element // C, D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
-        c = element % C
+        n, d, h, w = unravel(element // (C * VEC), D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
+        c = element % (C * VEC)
     else:
         plane, d, h, w = unravel(element, D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
         n = plane // C
         c = plane % C
-    return n, c, d, h, w, mask
+    return element, mask, n, c, d, h, w
 
 
 @triton.jit
-def compare(
-    x_ptr,
-    best,
-    where,
-    tap,
-    n,
+def address(
+    plane,
     c,
     d,
     h,
     w,
-    mask,
-    ID,
-    IH,
-    IW,
-    PAD_D,
-    PAD_H,
-    PAD_W,
-    stride_xn,
-    stride_xc,
-    stride_xd,
-    stride_xh,
-    stride_xw,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SD: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DD: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
+    stride_c,
+    stride_d,
+    stride_h,
+    stride_w,
     NDIM: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    READ_VEC: tl.constexpr,
 ):
-    """The larger of `best` and one tap, and its place; the first of equals, and NaN above all, as torch."""
-    i_d = d * SD - PAD_D + tap // (KH * KW) * DD
-    i_h = h * SH - PAD_H + tap // KW % KH * DH
-    i_w = w * SW - PAD_W + tap % KW * DW
-    inside = mask & (i_w >= 0) & (i_w < IW) & (i_h >= 0) & (i_h < IH) & (i_d >= 0) & (i_d < ID)
-    offs = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, 1)
-    x = tl.load(x_ptr + offs + c.to(tl.int64) * stride_xc, mask=inside, other=float("-inf")).to(best.dtype)
-    better = inside & ((where < 0) | (x > best) | (x != x))
-    place = tap if OFFSETS else (i_d * IH + i_h) * IW + i_w
-    return tl.where(better, x, best), tl.where(better, place, where)
+    """Offset of an element in 64 bits, `plane` being that of its image."""
+    offset = plane + w.to(tl.int64) * stride_w
+    if NDIM >= 2:
+        offset += h.to(tl.int64) * stride_h
+    if NDIM == 3:
+        offset += d.to(tl.int64) * stride_d
+    if READ_VEC > 1:
+        return tl.multiple_of(offset, READ_VEC) + c
+    return offset + c.to(tl.int64) * stride_c
+
+
+@triton.jit
+def reached_by(tap, i, PAD, WINDOWS, S: tl.constexpr, D: tl.constexpr):
+    """The window that has pixel i of an axis as its `tap`, and whether there is one."""
+    start = i + PAD - tap * D
+    o = start // S
+    return o, (start >= 0) & (start == o * S) & (o < WINDOWS)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -88,16 +89,11 @@ def max_pool_kernel(
     PAD_D,
     PAD_H,
     PAD_W,
-    stride_xn,
-    stride_xc,
-    stride_xd,
-    stride_xh,
-    stride_xw,
-    stride_yn,
-    stride_yc,
-    stride_yd,
-    stride_yh,
-    stride_yw,
+    stride_n,
+    stride_c,
+    stride_d,
+    stride_h,
+    stride_w,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -109,144 +105,34 @@ def max_pool_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    READ_VEC: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y[o] = max over the window of o, and its place. x is the image, y and index the pooled side."""
-    n, c, d, h, w, mask = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    """y[o] = max over the window of o, and its place: the first of equals, and NaN above all, as torch."""
+    element, mask, n, c, d, h, w = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    plane = n.to(tl.int64) * stride_n
+    d = d * SD - PAD_D
+    h = h * SH - PAD_H
+    w = w * SW - PAD_W
     best = tl.full([BLOCK], float("-inf"), ACC)
     where = tl.full([BLOCK], -1, INDEX)
-    TAPS: tl.constexpr = KD * KH * KW
-    if UNROLL:
-        for tap in tl.static_range(TAPS):  # pyright: ignore[reportGeneralTypeIssues]
-            best, where = compare(  # pyright: ignore[reportGeneralTypeIssues]
-                x_ptr,
-                best,
-                where,
-                tap,
-                n,
-                c,
-                d,
-                h,
-                w,
-                mask,
-                ID,
-                IH,
-                IW,
-                PAD_D,
-                PAD_H,
-                PAD_W,
-                stride_xn,
-                stride_xc,
-                stride_xd,
-                stride_xh,
-                stride_xw,
-                KH,
-                KW,
-                SD,
-                SH,
-                SW,
-                DD,
-                DH,
-                DW,
-                NDIM,
-                OFFSETS,
-            )
-    else:
-        for tap in range(TAPS):
-            best, where = compare(  # pyright: ignore[reportGeneralTypeIssues]
-                x_ptr,
-                best,
-                where,
-                tap,
-                n,
-                c,
-                d,
-                h,
-                w,
-                mask,
-                ID,
-                IH,
-                IW,
-                PAD_D,
-                PAD_H,
-                PAD_W,
-                stride_xn,
-                stride_xc,
-                stride_xd,
-                stride_xh,
-                stride_xw,
-                KH,
-                KW,
-                SD,
-                SH,
-                SW,
-                DD,
-                DH,
-                DW,
-                NDIM,
-                OFFSETS,
-            )
-    offs = element_offset(n, d, h, w, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, 1)
-    offs += c.to(tl.int64) * stride_yc
-    tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(index_ptr + offs, where.to(index_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def receive(
-    y_ptr,
-    index_ptr,
-    x,
-    tap,
-    n,
-    c,
-    d,
-    h,
-    w,
-    mask,
-    IH,
-    IW,
-    OD,
-    OH,
-    OW,
-    PAD_D,
-    PAD_H,
-    PAD_W,
-    stride_yn,
-    stride_yc,
-    stride_yd,
-    stride_yh,
-    stride_yw,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SD: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DD: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    NDIM: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    SUM: tl.constexpr,
-):
-    """x with what the window that reaches this pixel through one tap gives it, if its maximum was here."""
-    t_d = d + PAD_D - tap // (KH * KW) * DD
-    t_h = h + PAD_H - tap // KW % KH * DH
-    t_w = w + PAD_W - tap % KW * DW
-    reached = mask & (t_d >= 0) & (t_h >= 0) & (t_w >= 0) & (t_d % SD == 0) & (t_h % SH == 0) & (t_w % SW == 0)
-    o_d, o_h, o_w = t_d // SD, t_h // SH, t_w // SW
-    reached = reached & (o_d < OD) & (o_h < OH) & (o_w < OW)
-    offs = element_offset(n, o_d, o_h, o_w, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, 1)
-    offs += c.to(tl.int64) * stride_yc
-    place = tl.load(index_ptr + offs, mask=reached, other=0)
-    here = tap if OFFSETS else (d * IH + h) * IW + w
-    hit = reached & (place.to(tl.int64) == here)
-    y = tl.load(y_ptr + offs, mask=hit, other=0.0).to(x.dtype)
-    return x + y if SUM else tl.where(hit, y, x)
+    for tap in tl.range(KD * KH * KW, loop_unroll_factor=UNROLL):
+        i_d = d + tap // (KH * KW) * DD
+        i_h = h + tap // KW % KH * DH
+        i_w = w + tap % KW * DW
+        inside = mask & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
+        offs = address(plane, c, i_d, i_h, i_w, stride_c, stride_d, stride_h, stride_w, NDIM, READ_VEC)
+        x = tl.load(x_ptr + offs, mask=inside, other=float("-inf")).to(ACC)
+        better = inside & ((where < 0) | (x > best) | (x != x))
+        best = tl.where(better, x, best)
+        where = tl.where(better, tap if OFFSETS else (i_d * IH + i_h) * IW + i_w, where)
+    tl.store(y_ptr + element, best.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(index_ptr + element, where.to(index_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -265,16 +151,11 @@ def spread_kernel(
     PAD_D,
     PAD_H,
     PAD_W,
-    stride_xn,
-    stride_xc,
-    stride_xd,
-    stride_xh,
-    stride_xw,
-    stride_yn,
-    stride_yc,
-    stride_yd,
-    stride_yh,
-    stride_yw,
+    stride_n,
+    stride_c,
+    stride_d,
+    stride_h,
+    stride_w,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -286,6 +167,8 @@ def spread_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    READ_VEC: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -294,88 +177,28 @@ def spread_kernel(
     BLOCK: tl.constexpr,
 ):
     """x[i] = sum, or last, of y[o] over the windows o that have their maximum at i; each x[i] is written once."""
-    n, c, d, h, w, mask = locate(NUMEL, C, ID, IH, IW, NDIM, CHANNELS_LAST, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    element, mask, n, c, d, h, w = locate(NUMEL, C, ID, IH, IW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    plane = n.to(tl.int64) * stride_n
+    pixel = (d * IH + h) * IW + w
     x = tl.zeros([BLOCK], dtype=ACC)
-    TAPS: tl.constexpr = KD * KH * KW
-    # From the last tap to the first: the windows in row-major order, the last one last.
-    if UNROLL:
-        for step in tl.static_range(TAPS):  # pyright: ignore[reportGeneralTypeIssues]
-            x = receive(
-                y_ptr,
-                index_ptr,
-                x,
-                TAPS - 1 - step,
-                n,
-                c,
-                d,
-                h,
-                w,
-                mask,
-                IH,
-                IW,
-                OD,
-                OH,
-                OW,
-                PAD_D,
-                PAD_H,
-                PAD_W,
-                stride_yn,
-                stride_yc,
-                stride_yd,
-                stride_yh,
-                stride_yw,
-                KH,
-                KW,
-                SD,
-                SH,
-                SW,
-                DD,
-                DH,
-                DW,
-                NDIM,
-                OFFSETS,
-                SUM,
-            )
-    else:
-        for step in range(TAPS):
-            x = receive(
-                y_ptr,
-                index_ptr,
-                x,
-                TAPS - 1 - step,
-                n,
-                c,
-                d,
-                h,
-                w,
-                mask,
-                IH,
-                IW,
-                OD,
-                OH,
-                OW,
-                PAD_D,
-                PAD_H,
-                PAD_W,
-                stride_yn,
-                stride_yc,
-                stride_yd,
-                stride_yh,
-                stride_yw,
-                KH,
-                KW,
-                SD,
-                SH,
-                SW,
-                DD,
-                DH,
-                DW,
-                NDIM,
-                OFFSETS,
-                SUM,
-            )
-    offs = element_offset(n, d, h, w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, 1)
-    tl.store(x_ptr + offs + c.to(tl.int64) * stride_xc, x.to(x_ptr.dtype.element_ty), mask=mask)
+    for step in tl.range(KD * KH * KW, loop_unroll_factor=UNROLL):
+        tap = KD * KH * KW - 1 - step  # from the last to the first: the windows in row-major order, the last one last
+        o_d, o_h = d, h
+        o_w, reached = reached_by(tap % KW, w, PAD_W, OW, SW, DW)  # pyright: ignore[reportGeneralTypeIssues]
+        reached = mask & reached
+        if NDIM >= 2:
+            o_h, hit = reached_by(tap // KW % KH, h, PAD_H, OH, SH, DH)  # pyright: ignore[reportGeneralTypeIssues]
+            reached = reached & hit
+        if NDIM == 3:
+            o_d, hit = reached_by(tap // (KH * KW), d, PAD_D, OD, SD, DD)  # pyright: ignore[reportGeneralTypeIssues]
+            reached = reached & hit
+        offs = address(plane, c, o_d, o_h, o_w, stride_c, stride_d, stride_h, stride_w, NDIM, READ_VEC)
+        place = tl.load(index_ptr + offs, mask=reached, other=0)
+        # Not only where the place is here: then this load would wait for the other, lane by lane.
+        y = tl.load(y_ptr + offs, mask=reached, other=0.0).to(ACC)
+        hit = reached & (place == (tap if OFFSETS else pixel))
+        x = tl.where(hit, x + y if SUM else y, x)
+    tl.store(x_ptr + element, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -394,16 +217,11 @@ def pick_kernel(
     PAD_D,
     PAD_H,
     PAD_W,
-    stride_xn,
-    stride_xc,
-    stride_xd,
-    stride_xh,
-    stride_xw,
-    stride_yn,
-    stride_yc,
-    stride_yd,
-    stride_yh,
-    stride_yw,
+    stride_n,
+    stride_c,
+    stride_d,
+    stride_h,
+    stride_w,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -415,29 +233,29 @@ def pick_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    READ_VEC: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y[o] = x at the place that index[o] names, or 0 where that is outside of x, in 64 bits."""
-    n, c, d, h, w, mask = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
-    offs_y = element_offset(n, d, h, w, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, 1)
-    offs_y += c.to(tl.int64) * stride_yc
-    place = tl.load(index_ptr + offs_y, mask=mask, other=0).to(tl.int64)
-    mask_x = mask & (place >= 0) & (place < tl.cast(ID, tl.int64) * IH * IW)
-    place = tl.where(mask_x, place, 0).to(INDEX)
+    element, mask, n, c, d, h, w = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    place = tl.load(index_ptr + element, mask=mask, other=0).to(tl.int64)
     if OFFSETS:
+        named = mask & (place < KD * KH * KW)
+        place = place.to(INDEX)
         i_d = d * SD - PAD_D + place // (KH * KW) * DD
         i_h = h * SH - PAD_H + place // KW % KH * DH
         i_w = w * SW - PAD_W + place % KW * DW
+        named = named & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
     else:
-        i_d = place // IW // IH
-        i_h = place // IW % IH
-        i_w = place % IW
-    mask_x = mask_x & (i_w >= 0) & (i_w < IW) & (i_h >= 0) & (i_h < IH) & (i_d >= 0) & (i_d < ID)
-    offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, 1)
-    x = tl.load(x_ptr + offs_x + c.to(tl.int64) * stride_xc, mask=mask_x, other=0.0)
-    tl.store(y_ptr + offs_y, x, mask=mask)
+        named = mask & (place >= 0) & (place < tl.cast(ID, tl.int64) * IH * IW)
+        _, i_d, i_h, i_w = unravel(tl.where(named, place, 0).to(INDEX), ID, IH, IW, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
+    # Neighbours look anywhere: nothing is known of these addresses.
+    offs = address(n.to(tl.int64) * stride_n, c, i_d, i_h, i_w, stride_c, stride_d, stride_h, stride_w, NDIM, 1)
+    x = tl.load(x_ptr + offs, mask=named, other=0.0)
+    tl.store(y_ptr + element, x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["NUMEL", "OUT", "IN"])

@@ -38,20 +38,22 @@ def max_pool(x: Tensor, out: Sequence[int], windows: Windows) -> tuple[Tensor, T
 
 
 def indices_of_offsets(offsets: Tensor, size: Sequence[int], windows: Windows) -> Tensor:
-    """Pixels (int64, flat in `size`) from offsets in the window (uint8)."""
+    """Pixels (int64, flat in `size`) from offsets in the window (uint8); -1 for one outside of image or window."""
     flat, rest = torch.zeros_like(offsets, dtype=torch.int64), offsets.long()
+    inside = offsets < math.prod(windows.kernel)
     scale = 1
     for axis in reversed(range(len(size))):
         k, s, p, d = (values[axis] for values in windows)
         shape = [-1 if i == axis + 2 else 1 for i in range(offsets.dim())]
-        start = torch.arange(offsets.shape[axis + 2], device=offsets.device).view(shape) * s - p
-        flat += (start + rest % k * d) * scale
+        pixel = torch.arange(offsets.shape[axis + 2], device=offsets.device).view(shape) * s - p + rest % k * d
+        inside &= (pixel >= 0) & (pixel < size[axis])
+        flat += pixel * scale
         rest, scale = rest // k, scale * size[axis]
-    return flat
+    return torch.where(inside, flat, -1)
 
 
 def offsets_of_indices(indices: Tensor, size: Sequence[int], windows: Windows) -> Tensor:
-    """Offsets in the window (uint8) from pixels; the inverse of `indices_of_offsets`."""
+    """Offsets in the window (uint8) from pixels, which have to be of their windows; undoes `indices_of_offsets`."""
     offsets, rest = torch.zeros_like(indices), indices
     scale = 1
     for axis in reversed(range(len(size))):

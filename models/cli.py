@@ -144,13 +144,6 @@ def bptt(
     show_bptt(out, console)
 
 
-@show_app.command("sliding-window")
-def sliding_window() -> None:
-    """Turn a classifier's dense layers into convolutions: one pass gives the scores of all windows, and saves most
-    multiply-adds."""
-    show_sliding_window(console)
-
-
 @show_app.command()
 def icnet(
     frames: Annotated[int, typer.Option(help="How many to time.")] = 100,
@@ -158,6 +151,13 @@ def icnet(
 ) -> None:
     """Time ICNet on frames of 1024 x 2048 pixels on a GPU: frames per second, fused and by torch."""
     show_icnet(console, find_device(device), frames)
+
+
+@show_app.command("sliding-window")
+def sliding_window() -> None:
+    """Turn a classifier's dense layers into convolutions: one pass gives the scores of all windows, and saves most
+    multiply-adds."""
+    show_sliding_window(console)
 
 
 @app.command()

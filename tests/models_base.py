@@ -52,10 +52,10 @@ class NetworkTests:
     """height and width that the tiny network takes -> those of its output; the smallest first"""
     too_large: ClassVar[tuple[str, ...]] = ()
     """layers of the tiny network that take the interpreter minutes: there torch computes them"""
+    batch_size: ClassVar[int] = 1
     interpreted_steps: ClassVar[int] = 2
     """training steps on the interpreted kernels"""
     compiled_sizes: ClassVar[int] = 1
-    batch_size: ClassVar[int] = 1
     learning_rate: ClassVar[float] = 0.02
 
     @pytest.fixture

@@ -48,11 +48,7 @@ class DeepLabTests(NetworkTests):
     learning_rate = 0.1
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
-        return without_dropout(super().build(ops, **kwargs))
-
-    def pair(self) -> tuple[nn.Module, nn.Module]:
-        fused, torch_ = super().pair()
-        return awakened(fused), awakened(torch_)
+        return awakened(without_dropout(super().build(ops, **kwargs)))
 
     def interpretable_pair(self) -> tuple[nn.Module, nn.Module]:
         fused, torch_ = self.pair()

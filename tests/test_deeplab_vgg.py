@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from backstride.models.segmentation.deeplab_vgg import FIELDS, DeepLabVGG
 from backstride.models.segmentation.vgg import load_vgg16
 
-from .test_deeplab import DeepLabTests
+from .test_deeplab import DeepLabTests, awakened
 
 TINY = {"stages": ((1,), (1,), (2,), (2,), (2,)), "dense": 2, "dropout": 0.0}
 TABLE = [
@@ -58,7 +58,7 @@ def test_the_published_parameter_counts(variant, count):
 def test_the_scores_sum_the_branches(variant):
     """Against the definition in torch.nn.functional."""
     torch.manual_seed(0)
-    network = DeepLabVGG(1, 2, variant=variant, **TINY, ops="torch").double().eval()
+    network = awakened(DeepLabVGG(1, 2, variant=variant, **TINY, ops="torch")).double().eval()
     field = FIELDS[variant]
     x = torch.randn(1, 1, 41, 57, dtype=torch.float64)
     y = x

@@ -32,24 +32,23 @@ class TestDilatedNet(NetworkTests):
     learning_rate = 0.01
 
     def build(self, ops: str = "fused", **kwargs: Any) -> nn.Module:
-        network = super().build(ops, **kwargs)
-        nn.init.normal_(network.final.weight)  # as published it is so small that nothing reaches the layers below
-        return network
-
-    def pair(self) -> tuple[nn.Module, nn.Module]:
-        fused, torch_ = super().pair()
-        for network in (fused, torch_):
-            for name, parameter in network.named_parameters():
-                parameter.data.abs_()  # ReLU lets everything through
-                if parameter.dim() == 4 and not name.startswith(("final", "context")):
-                    parameter.data /= parameter.data.sum((1, 2, 3), keepdim=True)
-            network.get_submodule("final").weight.data[0] *= 9  # too high a score to begin with
-        return fused, torch_
+        return awakened(super().build(ops, **kwargs))
 
     def interpretable_pair(self) -> tuple[nn.Module, nn.Module]:
-        # Mirroring makes the first layers large; of the context module's, the dilation 4 and the 1x1.
         fused, torch_ = self.pair()
+        # Mirroring makes the first layers large; of the context module's, the dilation 4 and the 1x1.
         return fuse_only(fused, "stages.4", "fc6", "final", "context.3", "context.7"), torch_
+
+
+def awakened(network: nn.Module) -> nn.Module:
+    """Weights with which ReLU lets everything through, and scores that are too high for the first class."""
+    for name, parameter in network.named_parameters():
+        parameter.data.abs_()
+        if parameter.dim() == 4 and not name.startswith(("final", "context")):
+            parameter.data /= parameter.data.sum((1, 2, 3), keepdim=True)
+    nn.init.uniform_(network.get_parameter("final.weight"))
+    network.get_parameter("final.weight").data[0] *= 9
+    return network
 
 
 @pytest.mark.parametrize(("context", "count"), [(None, 134_346_581), ("large", 134_346_581 + 6_803_139)])

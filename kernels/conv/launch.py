@@ -457,7 +457,7 @@ def describe(
     if transposed and is_better_flat(weight.shape, geometry):
         weight, geometry = as_convolution(weight, geometry)
         planner = plan_apply
-    return planner(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
+    return planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 
 def weight_grad(
@@ -473,7 +473,7 @@ def weight_grad(
     channels_last = not weight.is_contiguous()
     plan = plan_weight_grad(
         layout_of(x),
-        tuple(weight.shape),
+        weight.shape,
         channels_last,
         layout_of(y),
         geometry,

@@ -188,7 +188,7 @@ def _launch_forward(
 ) -> None:
     if y.numel() == 0:
         return
-    plan = plan_apply(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, transposed)
+    plan = plan_apply(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, transposed)
     # What neighbouring lanes read lies side by side: taps of a channel, or channels of a tap.
     packed = weight.flatten(1)
     packed = packed.t().contiguous() if plan.constants["CHANNELS_LAST"] else packed.contiguous()
@@ -253,7 +253,7 @@ def weight_grad(
     if y.numel() == 0 or x.numel() == 0:
         weight.zero_()
         return
-    plan = plan_weight_grad(layout_of(x), tuple(weight.shape), layout_of(y), geometry, x.dtype, device_of(x))
+    plan = plan_weight_grad(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, device_of(x))
     splits = plan.grid[1]
     with device_guard(x):
         if splits == 1:

@@ -149,11 +149,11 @@ class NetworkTests:
 
     def test_compiles_without_graph_breaks(self, aten: None):
         """Forward and backward. The second size makes sizes dynamic, which takes long to compile."""
-        network = self.build().eval()
+        network = self.build().double().eval()
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
         learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
         for size in list(self.tiny_sizes)[: self.compiled_sizes]:
-            x = torch.randn(1, 1, *size)
+            x = torch.randn(1, 1, *size, dtype=torch.float64)
             outputs = [f(x) for f in (network, compiled)]
             torch.testing.assert_close(*outputs)
             torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), learnt) for y in outputs))

@@ -12,25 +12,42 @@ from backstride.kernels.runtime import Device
 from .cross_compile import DTYPES, POINTER, Case, Target
 from .cross_compile_conv import EPILOGUE, LAYOUTS, dense_layout, launch_signature
 
-# name, layouts, dtypes, axes, batch, channels, multiplier, size in, kernel, stride, padding, dilation. The size is
-# that of X's input: X^T runs the same layer the other way, and makes that size.
+ALL = ("apply", "transposed", "weight_grad")
+# At stride 1, X^T is X with its taps turned around.
+ONE_WAY = ("apply", "weight_grad")
+# name, kernels, layouts, dtype, axes, batch, channels, multiplier, size in, kernel, stride, padding, dilation. The size
+# is that of X's input: X^T runs the same layer the other way, and makes that size.
 LAYERS = [
-    ("Xception 3x3 d2", "both", ("bf16",), 2, 8, 728, 1, 64, 3, 1, 2, 2),
-    ("ConvNeXt 7x7", "channels_last", ("bf16",), 2, 8, 192, 1, 56, 7, 1, 3, 1),
-    ("bilinear 4x4 s2", "both", ("bf16",), 2, 16, 256, 1, 128, 4, 2, 1, 1),
-    ("bilinear 4x4 s2", "contiguous", ("fp32",), 2, 16, 256, 1, 128, 4, 2, 1, 1),
-    ("FCN up 16x16 s8, 21 classes", "contiguous", ("bf16",), 2, 16, 21, 1, 568, 16, 8, 0, 1),
-    ("short convolution k4", "contiguous", ("bf16",), 1, 1, 12288, 1, 16384, 4, 1, 3, 1),
-    ("multiplier 2, 3x3, 33 wide", "contiguous", ("bf16",), 2, 8, 32, 2, 33, 3, 1, 1, 1),
-    ("3-D 3x3x3", "contiguous", ("bf16",), 3, 2, 64, 1, 32, 3, 1, 1, 1),
-    ("long convolution k128", "contiguous", ("bf16",), 1, 4, 768, 1, 4096, 128, 1, 127, 1),
+    ("Xception 3x3 d2", ONE_WAY, "both", "bf16", 2, 8, 728, 1, 64, 3, 1, 2, 2),
+    ("ConvNeXt 7x7", ONE_WAY, "channels_last", "bf16", 2, 8, 192, 1, 56, 7, 1, 3, 1),
+    ("bilinear 4x4 s2", ALL, "both", "bf16", 2, 16, 256, 1, 128, 4, 2, 1, 1),
+    ("bilinear 4x4 s2", ("apply", "transposed"), "contiguous", "fp32", 2, 16, 256, 1, 128, 4, 2, 1, 1),
+    ("FCN up 16x16 s8, 21 classes", ("transposed",), "contiguous", "bf16", 2, 16, 21, 1, 568, 16, 8, 0, 1),
+    ("short convolution k4", ONE_WAY, "contiguous", "bf16", 1, 1, 12288, 1, 16384, 4, 1, 3, 1),
+    ("multiplier 2, 3x3, 33 wide", ALL, "contiguous", "bf16", 2, 8, 32, 2, 33, 3, 1, 1, 1),
+    ("3-D 3x3x3", ("apply",), "contiguous", "bf16", 3, 2, 64, 1, 32, 3, 1, 1, 1),
+    ("long convolution k128", ALL, "contiguous", "bf16", 1, 4, 768, 1, 4096, 128, 1, 127, 1),
 ]
 
 
 def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str, Plan]]:
     """(layer and direction, launch) of all layers."""
-    for name, layouts, dtypes, axes, batch, channels, multiplier, size, kernel, stride, padding, dilation in LAYERS:
-        if layouts not in ("both", "channels_last" if channels_last else "contiguous") or dtype not in dtypes:
+    for (
+        name,
+        kernels,
+        layouts,
+        layer_dtype,
+        axes,
+        batch,
+        channels,
+        multiplier,
+        size,
+        kernel,
+        stride,
+        padding,
+        dilation,
+    ) in LAYERS:
+        if layouts not in ("both", "channels_last" if channels_last else "contiguous") or dtype != layer_dtype:
             continue
         causal = axes == 1  # padding in front alone
         out = (size + (1 if causal else 2) * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -38,9 +55,12 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
         x = dense_layout((batch, channels, *[size] * axes), channels_last)
         y = dense_layout((batch, channels * multiplier, *[out] * axes), channels_last)
         weight = (channels * multiplier, 1, *[kernel] * axes)
-        yield name, launch.plan_apply(x, weight, y, geometry, DTYPES[dtype], False)
-        yield f"{name}, transposed", launch.plan_apply(y, weight, x, geometry, DTYPES[dtype], True)
-        yield name, launch.plan_weight_grad(x, weight, y, geometry, DTYPES[dtype], device)
+        if "apply" in kernels:
+            yield name, launch.plan_apply(x, weight, y, geometry, DTYPES[dtype], False)
+        if "transposed" in kernels:
+            yield f"{name}, transposed", launch.plan_apply(y, weight, x, geometry, DTYPES[dtype], True)
+        if "weight_grad" in kernels:
+            yield name, launch.plan_weight_grad(x, weight, y, geometry, DTYPES[dtype], device)
 
 
 def cases(target: Target) -> Iterator[Case]:

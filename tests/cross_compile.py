@@ -99,8 +99,8 @@ def _matrix_instruction(compiled: Any) -> str:
     return next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
 
 
-def compile_case(case: Case, target: str) -> Compiled:
-    """Compile for `target` (a key of TARGETS). Pointers are 16-byte aligned, as torch's allocator makes them."""
+def build(case: Case, target: str) -> Any:
+    """Triton's compiled kernel for `target` (a key of TARGETS). Pointers are 16-byte aligned, as torch makes them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,15 +115,20 @@ def compile_case(case: Case, target: str) -> Compiled:
         if types[name].startswith("*")
     }
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-    registers, spills = _resource_usage(compiled, backend)
+    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+
+
+def compile_case(case: Case, target: str) -> Compiled:
+    """What `build` came to, as a row of the table."""
+    compiled, constants = build(case, target), case.constants
+    registers, spills = _resource_usage(compiled, TARGETS[target].backend)
     blocks = [str(constants[name]) for name in BLOCKS if name in constants]
     return Compiled(
         target,
-        kernel.__name__,
+        case.kernel.__name__,
         case.name,
         case.dtype,
-        f"{'x'.join(blocks)} w{options['num_warps']} s{options['num_stages']}",
+        f"{'x'.join(blocks)} w{constants['num_warps']} s{constants['num_stages']}",
         registers,
         spills,
         compiled.metadata.shared,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import backstride.fused_ops as fused
 import pytest
@@ -390,6 +391,26 @@ def test_per_sample_gradients(device):
 
     gradients = [vmap(grad(partial(loss, net)), (None, 0))(params, x) for net in (module, plain)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.compile
+def test_loads_and_stores_are_wide():
+    """In both layouts: a lost hint about divisibility costs bandwidth, and nothing else would show it."""
+    code = """
+from tests import cross_compile, cross_compile_depthwise
+for case in cross_compile_depthwise.cases(cross_compile.TARGETS["sm_90"]):
+    if case.name.startswith("Xception"):
+        ptx = cross_compile.build(case, "sm_90").asm["ptx"]
+        print(ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b32"), ptx.count("st.global.v4.b32"))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    # Forward and weight gradient, of channels_last and then of NCHW: columns, weights, bias and residual; two
+    # tensors; three rows of three chunks, and the residual; the same with the gradient. Sums are written singly.
+    assert counts == [(16, 4), (28, 0), (10, 1), (10, 0)]
 
 
 def test_autocast(device):

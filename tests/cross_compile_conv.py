@@ -77,9 +77,7 @@ def launch_signature(
     scalars = [name for name in names if not name.endswith("_ptr") and name not in EPILOGUE]
     values = dict(zip(scalars, plan.sizes, strict=True))
     signature = {name: "i32" if abs(value) < 2**31 else "i64" for name, value in values.items()}
-    signature |= {name: pointer for name in names if name.endswith("_ptr")}
-    if plan.table is not None:
-        signature["table_ptr"] = "*i32"
+    signature |= {name: "*i32" if name == "table_ptr" else pointer for name in names if name.endswith("_ptr")}
     unit = {name: 1 for name in units if values[name] == 1}
     return signature, unit
 

@@ -48,13 +48,15 @@ def plan_pyramid(
     pixels = x.shape[0] * math.prod(size)
     widths = [weight[0] for weight in weights]
     sx, sy = launch._strides(x), launch._strides(y)
+    tensor_cores = launch._uses_tensor_cores(dtype, tf32)
     config = choose_config(
         pixels,
         max(widths),
         in_channels,
         dtype.itemsize,
-        launch._uses_tensor_cores(dtype, tf32),
-        launch._is_wide(sx, sy, in_channels, *widths),
+        tensor_cores,
+        # IEEE fp32 multiplies from registers, and with the larger tile a few spill on Blackwell.
+        tensor_cores and launch._is_wide(sx, sy, in_channels, *widths),
         device,
         parts=len(weights),
     )

@@ -12,11 +12,17 @@ COLUMNS = tl.constexpr(zones.COLUMNS)
 
 @triton.jit
 def _run(row_ptr, AXIS: tl.constexpr):
-    """One axis of a zone, as in `zones.Run`: start, step, length, first, stride, hop, taps, hop in the weight."""
+    """One axis of a zone, as in `zones.Run`: length, first, stride, hop, taps, and the hop in the weight."""
     at = row_ptr + 5 + 8 * AXIS
-    start, step, length = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    first, stride, hop = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-    return start, step, length, first, stride, hop, tl.load(at + 6), tl.load(at + 7)
+    length, first, stride, hop = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+    return length, first, stride, hop, tl.load(at + 6), tl.load(at + 7)
+
+
+@triton.jit
+def _output(row_ptr, AXIS: tl.constexpr, q):
+    """Output pixel q of a zone's axis: start + step q. Looked up after the sum, which has no registers to spare."""
+    at = row_ptr + 5 + 8 * AXIS
+    return tl.load(at) + tl.load(at + 1) * q
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -75,9 +81,13 @@ def conv_zones_kernel(
     W_VEC: tl.constexpr = OUT_VEC if TRANSPOSED else IN_VEC
     w_ptr += tl.load(row_ptr + 3).to(tl.int64) * W_VEC  # at the zone's first tap
     stride_wa = tl.load(row_ptr + 4) * W_VEC
-    start_d, step_d, QD, first_d, stride_d, hop_d, taps_d, hop_wd = _run(row_ptr, 0)
-    start_h, step_h, QH, first_h, stride_h, hop_h, taps_h, hop_wh = _run(row_ptr, 1)
-    start_w, step_w, QW, first_w, stride_w, hop_w, taps_w, hop_ww = _run(row_ptr, 2)
+    QD, first_d, stride_d, hop_d, taps_d, hop_wd = 1, 0, 0, 0, 1, 0
+    QH, first_h, stride_h, hop_h, taps_h, hop_wh = 1, 0, 0, 0, 1, 0
+    if NDIM == 3:
+        QD, first_d, stride_d, hop_d, taps_d, hop_wd = _run(row_ptr, 0)
+    if NDIM >= 2:
+        QH, first_h, stride_h, hop_h, taps_h, hop_wh = _run(row_ptr, 1)
+    QW, first_w, stride_w, hop_w, taps_w, hop_ww = _run(row_ptr, 2)
 
     tiles_n = tl.cdiv(channels, BLOCK_N)
     pid_m = pid // (GROUPS * tiles_n)
@@ -133,9 +143,9 @@ def conv_zones_kernel(
     channel = branch_channel + group * channels + offs_n
     offs_y = element_offset(
         n,
-        start_d + step_d * qd,
-        start_h + step_h * qh,
-        start_w + step_w * qw,
+        _output(row_ptr, 0, qd),
+        _output(row_ptr, 1, qh),
+        _output(row_ptr, 2, qw),
         stride_yn,
         stride_yd,
         stride_yh,

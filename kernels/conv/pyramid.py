@@ -50,13 +50,15 @@ def plan_pyramid(
     pixels = x.shape[0] * math.prod(size)
     widths = [weight[0] for weight in weights]
     access_x, access_y = access.read(x, False, in_channels, max(widths)), access.write(y, False)
+    tensor_cores = launch.uses_tensor_cores(dtype, tf32)
     config = choose_config(
         pixels,
         max(widths),
         in_channels,
         dtype.itemsize,
-        launch.uses_tensor_cores(dtype, tf32),
-        access.is_wide([access_x], in_channels, *widths),
+        tensor_cores,
+        # IEEE fp32 multiplies from registers, and with the larger tile a few spill on Blackwell.
+        tensor_cores and access.is_wide([access_x], in_channels, *widths),
         device,
         len(weights),
         access.is_channels_last(access_x, access_y),

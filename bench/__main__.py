@@ -46,6 +46,7 @@ def main(
     if not selected:
         raise typer.BadParameter(f"no cases for {op!r}; choose one of {', '.join(sorted({c.op for c in every}))}")
     if gpu:
+        torch.backends.cudnn.benchmark = True  # the baselines at their best
         path = out or run.default_path(quick, op)
         right = run.timed_run(selected, quick, not quick and not skip_compile, minutes, path)
     else:

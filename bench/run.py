@@ -76,7 +76,6 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
     """Time the cases that `path` does not hold yet; False if one of them was wrong. It is written after every case,
     and no case is started after `minutes`."""
     started = time.monotonic()
-    torch.backends.cudnn.benchmark = True  # the baselines at their best
     repeats = QUICK_REPEATS if quick else REPEATS
     where = report.environment()
     rows = report.read_rows(path) if path.exists() else []

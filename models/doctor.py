@@ -41,9 +41,10 @@ def _atrous_pyramid(
 
 
 def _sequence(tensors: list[Tensor]) -> tuple[Any, ...]:
-    """Arguments of torch.rnn_tanh for one layer: the weights in a list."""
+    """Arguments of torch.rnn_tanh for one layer: the weights in a list, and halved, since saturated units would
+    show the rounding of 1 - h^2 and little else."""
     x, hx, *params = tensors
-    return x, hx, params, True, 1, 0.0, True, False, False
+    return x, hx, [parameter / 2 for parameter in params], True, 1, 0.0, True, False, False
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,6 @@ def fake_gpu(monkeypatch, tiny_cases):
     monkeypatch.setattr(run, "measure_ceilings", lambda dtypes, repeats: CEILINGS)
     monkeypatch.setattr(run, "measure", lambda calls, repeats, graph: fake_measure(calls))
     monkeypatch.setattr(run, "run_case", lambda case, device, *rest: run_case(case, "cpu", *rest))
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     return tiny_cases
 
 

@@ -192,7 +192,7 @@ def test_every_direction(layer, dtype, channels_last, zones_always, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="forces 64-bit pixel indices on the interpreted kernels")
 def test_64_bit_pixel_indices(monkeypatch, zones_always):
-    monkeypatch.setattr(launch, "_index_dtype", lambda pixels: launch.tl.int64)
+    monkeypatch.setattr(launch, "index_dtype", lambda pixels: launch.tl.int64)
     layer = LAYERS["stride 3 of dilation 6"]
     x, w = random_tensors(6, layer[1], (layer[2], 16, 3), dtype=torch.float64)
     grad = torch.randn_like(reference(layer, x, w))
@@ -247,6 +247,7 @@ def test_products_that_are_really_computed(monkeypatch):
 
         monkeypatch.setattr(module, "dot", counting)
     x, w = random_tensors(5, (1, 16, 20, 20), (16, 16, 3, 3), dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last)
     geometry = Geometry((1, 1), (15, 15), (15, 15), 1)
     y = torch.empty_like(x)
     kernels.apply(x, w, None, None, y, geometry)

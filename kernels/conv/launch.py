@@ -151,8 +151,9 @@ def zones_plan(
     """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
     in_vec, out_vec = constants["IN_VEC"], constants["OUT_VEC"]
     if not access_y.last:
-        # Every pixel that is stored has an address of its own in registers, beside the zone's sizes: 128 columns spill.
-        constants = constants | {"BLOCK_N": min(constants["BLOCK_N"], 64)}
+        # Every pixel that is stored has an address of its own in registers, beside the zone's sizes: no large tiles.
+        block_m, block_n = (min(constants[block], 64) for block in ("BLOCK_M", "BLOCK_N"))
+        constants = constants | {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
     table = zones.make_table(
         branches,
         y.shape[0],
@@ -315,6 +316,9 @@ def plan_weight_grad(
     )
     if swap:
         config = replace(config, block_m=config.block_n, block_n=config.block_m)
+    if not channels_last and config.block_m <= 64:
+        # Neighbouring columns of the weight lie apart, each with an address of its own: 64 by 128 spill on Blackwell.
+        config = replace(config, block_n=min(config.block_n, 64))
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)

@@ -22,6 +22,12 @@ CEILINGS = Ceilings(copy=4e12, matmul={torch.float32: 400e12, torch.bfloat16: 80
 LAYER = bench_conv.Layer("layer", 2, 3, 5, (6, 7), 3, 2, 1)
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The commands that want compiled kernels set TRITON_INTERPRET for their process, which here is the tests'."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+
+
 def fake_measure(calls):
     return {variant: Timing(0.1 * (i + 1), 0.05, 0.3, 1 / 3) for i, variant in enumerate(calls)}
 

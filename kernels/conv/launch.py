@@ -464,6 +464,24 @@ def describe(
     return planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 
+def launch_split(plan: Plan, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+    """Launch a weight gradient into as many partial results as the grid's second axis counts, and add them up."""
+    splits = plan.grid[1]
+    with device_guard(x):
+        if splits == 1:
+            plan.launch(x, y, weight)
+            return
+        partial = torch.empty(
+            splits * weight.numel(),
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+            device=x.device,
+        )
+        plan.launch(x, y, partial)
+        reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
+            partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
+        )
+
+
 def weight_grad(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, geometry: Geometry, *, tf32: bool = False
 ) -> None:
@@ -485,18 +503,5 @@ def weight_grad(
         tf32,
         device_of(x),
     )
-    splits = plan.grid[1]
     x, y = (to_channels_last(tensor) if copy else tensor for tensor, copy in zip((x, y), plan.copies, strict=True))
-    with device_guard(x):
-        if splits == 1:
-            plan.launch(x, y, weight)
-            return
-        partial = torch.empty(
-            splits * weight.numel(),
-            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
-            device=x.device,
-        )
-        plan.launch(x, y, partial)
-        reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
-            partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
-        )
+    launch_split(plan, x, y, weight)

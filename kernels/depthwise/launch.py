@@ -13,8 +13,7 @@ import triton.language as tl
 
 from ..conv.access import Layout, layout_of
 from ..conv.config import choose_splits
-from ..conv.launch import REDUCE_BLOCK, Geometry
-from ..conv.weight_grad import reduce_splits_kernel
+from ..conv.launch import Geometry, launch_split
 from ..runtime import Device, Plan, device_guard, device_of, three
 from .apply import depthwise_apply_kernel
 from .config import DepthwiseConfig, choose_config, columns_of_a_lane
@@ -254,17 +253,4 @@ def weight_grad(
         weight.zero_()
         return
     plan = plan_weight_grad(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, device_of(x))
-    splits = plan.grid[1]
-    with device_guard(x):
-        if splits == 1:
-            plan.launch(x, y, weight)
-            return
-        partial = torch.empty(
-            splits * weight.numel(),
-            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
-            device=x.device,
-        )
-        plan.launch(x, y, partial)
-        reduce_splits_kernel[(triton.cdiv(weight.numel(), REDUCE_BLOCK),)](
-            partial, weight, weight.numel(), splits, BLOCK=REDUCE_BLOCK
-        )
+    launch_split(plan, x, y, weight)

@@ -9,6 +9,7 @@ from backstride.kernels.conv import launch
 from backstride.kernels.conv.launch import Geometry, Layout
 from backstride.kernels.conv.pyramid import plan_pyramid
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
+from backstride.kernels.conv.transpose import BLOCK, to_channels_last_kernel
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
 
@@ -86,7 +87,7 @@ EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True}
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """Every launch of the layers, and the reduction."""
+    """Every launch of the layers, the transposing copy and the reduction."""
     for dtype in DTYPES:
         for layout in LAYOUTS:
             device = Device(132, target.shared_memory, 16 if target.backend == "hip" else 8)
@@ -96,6 +97,13 @@ def cases(target: Target) -> Iterator[Case]:
                 epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
                 way = ", transposed" if plan.constants.get("TRANSPOSED") else ""
                 yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}{way}, {layout}", dtype)
+    yield Case(
+        to_channels_last_kernel,
+        {"x_ptr": "*bf16", "y_ptr": "*bf16", **dict.fromkeys(("CHANNELS", "PIXELS", "stride_xn", "stride_xc"), "i32")},
+        {"X_VEC": 16, "Y_VEC": 16, "BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},
+        "channels and pixels in sixteens",
+        "bf16",
+    )
     yield Case(
         reduce_splits_kernel,
         {"partial_ptr": "*fp32", "w_ptr": "*bf16", "NUMEL": "i32", "SPLITS": "i32"},

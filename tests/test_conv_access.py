@@ -2,7 +2,11 @@
 results are right either way."""
 
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from backstride.kernels.conv import access, launch
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.launch import Geometry
 from backstride.kernels.conv.transpose import to_channels_last
-from backstride.kernels.runtime import H200
+from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,10 +57,14 @@ def assert_true_of(claim: access.Access, layout: Layout) -> None:
     assert channels == 1 or stride_c % claim.vector == 0
 
 
+WRITES = [partial(access.write, in_order=True), access.write_rows]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=["images", "rows"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_aligned_runs_of_pixels(name):
+def test_aligned_runs_of_pixels(name, write):
     layout = layout_of(IMAGES[name]())
-    assert_true_of(access.write(layout, in_order=True), layout)
+    assert_true_of(write(layout), layout)
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,6 +84,9 @@ def test_aligned_runs_of_pixels_of_any_view(data):
         assert layout.strides[1] == 1 and all(s % claim.vector == 0 for s in claim.strides if s != 1)
     else:
         assert_true_of(claim, layout)
+        rows = access.write_rows(layout)
+        assert_true_of(rows, layout)
+        assert layout.shape[-1] % rows.vector == 0
 
 
 def test_whole_images_are_read_and_written_sixteen_at_a_time():
@@ -83,6 +94,8 @@ def test_whole_images_are_read_and_written_sixteen_at_a_time():
     assert access.write(layout_of(IMAGES["even rows"]()), in_order=True).vector == 4
     assert access.write(layout_of(IMAGES["odd plane"]()), in_order=True).vector == 1
     assert access.write(layout_of(IMAGES["dense"]()), in_order=False).vector == 1
+    assert access.write_rows(layout_of(IMAGES["dense"]())).vector == 4
+    assert access.write_rows(layout_of(IMAGES["crop of the height"]())).vector == 4
 
 
 def test_many_channels_first_are_read_from_a_channels_last_copy():
@@ -163,3 +176,79 @@ def test_many_channels_in_both_layouts(device, name, dtype):
         leaves = [t.detach().requires_grad_() for t in laid]
         options = {"stride": stride, "padding": padding}
         check_forward_and_gradients(partial(op, **options), partial(getattr(F, op.__name__), **options), leaves)
+
+
+UPS = {
+    "2x2": ((2, 16, 5, 9), 6, (2, 2), 1),
+    "3x8, rows of 8": ((1, 17, 3, 3), 3, (3, 8), 1),
+    "4x4, one column, groups": ((2, 10, 4, 1), 3, (4, 4), 2),
+    "1-D": ((2, 9, 33), 5, (4,), 1),
+    "3-D": ((1, 9, 2, 3, 4), 2, (1, 3, 2), 1),
+}
+
+
+@pytest.mark.parametrize("name", UPS)
+def test_up_convolutions_of_channels_first(name, device):
+    """Where the stride is the kernel's size, rows of the output are written whole: all that a store can have, against
+    torch's, and into a slice."""
+    shape, b, kernel, groups = UPS[name]
+    axes, out = len(kernel), [i * k for i, k in zip(shape[2:], kernel, strict=True)]
+    shapes = shape, (shape[1], b, *kernel), (b * groups,), (shape[0], b * groups, *out)
+    tensors = [t.requires_grad_() for t in random_tensors(27, *shapes, dtype=torch.float32, device=device)]
+    ours, theirs = (getattr(module, f"conv_transpose{axes}d") for module in (fused_ops, F))
+    result, _ = check_forward_and_gradients(
+        lambda x, w, b, r: ours(x, w, b, kernel, groups=groups, residual=r, activation="relu"),
+        lambda x, w, b, r: F.relu(theirs(x, w, b, kernel, groups=groups) + r),
+        tensors,
+    )
+    x, w, bias, residual = (t.detach() for t in tensors)
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    wide = torch.full((shape[0], b * groups + 3, *out), math.nan, device=device)
+    part = wide[:, 2:-1]
+    geometry = Geometry(kernel, (0,) * axes, (1,) * axes, groups)
+    launch.apply_transposed(x, w, bias, strides_like(part, residual), part, geometry, relu=True)
+    assert torch.equal(part, result)
+    assert wide.isnan().sum() == wide[:, :3].numel()
+
+
+def strides_like(part, tensor):
+    """The tensor with the strides of the part."""
+    return torch.empty_strided(part.shape, part.stride(), device=tensor.device).copy_(tensor)
+
+
+@pytest.mark.parametrize(("kernel", "across"), [((2, 2), 2), ((2, 3), 1), ((2, 16), 1)])
+def test_which_up_convolutions_write_rows(kernel, across):
+    def plan(height, memory_format):
+        size = [i * k for i, k in zip((4, 4), kernel, strict=True)]
+        x, y = torch.empty(1, 16, 4, 4), torch.empty(1, 16, height or size[0], size[1])
+        x, y = (layout_of(t.to(memory_format=memory_format)) for t in (x, y))
+        geometry = Geometry(kernel, (0, 0), (1, 1), 1)
+        return launch.plan_apply_transposed(x, (16, 16, *kernel), y, geometry, torch.float16, False, H200).constants
+
+    assert plan(None, torch.contiguous_format)["ACROSS"] == across
+    assert plan(None, torch.channels_last)["ACROSS"] == 1
+    assert plan(7, torch.contiguous_format)["ACROSS"] == 1, "the last row is cropped"
+
+
+@pytest.mark.compile
+def test_results_are_stored_sixteen_bytes_at_a_time():
+    """In both layouts: a lost hint about divisibility costs bandwidth, and nothing else would show it."""
+    code = """
+import re
+from tests import cross_compile, cross_compile_conv
+for case in cross_compile_conv.cases(cross_compile.TARGETS["sm_90"]):
+    kernel = case.kernel.__name__
+    wanted = {"to_channels_last_kernel": "", "conv_apply_kernel": "U-Net 3x3", "conv_scatter_kernel": "U-Net up"}
+    wanted["conv_apply_transposed_kernel"] = "U-Net 3x3"
+    if case.dtype == "bf16" and case.name.startswith(wanted.get(kernel, "none")):
+        ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]
+        print(kernel, case.name, set(re.findall(r"st\\.global\\S*", ptx)), sep="; ")
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 7  # three kernels in two layouts, and the transposing copy
+    assert not [line for line in lines if not line.endswith("{'st.global.v4.b32'}")]

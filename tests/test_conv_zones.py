@@ -99,6 +99,24 @@ def test_zones_or_tiles_is_a_matter_of_geometry(transposed):
     assert "57% of the taps meet pixels" in plan(8, 256, 33, 12, transposed).note
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["X", "X^T"])
+@pytest.mark.parametrize(
+    "axis",
+    [(3, 1, 2, 2, 7, 7), (2, 3, 0, 1, 4, 11), (3, 2, 1, 1, 5, 9), (4, 2, 3, 2, 6, 9), (1, 2, 1, 1, 1, 1)],
+    ids=str,
+)
+def test_the_share_of_taps_that_meet_pixels(axis, transposed):
+    """Beside the pairs that exist stand those that would, if the input went on for ever."""
+    kernel, stride, padding, dilation, size, out = axis
+    met, all_of = (
+        sum(map(len, brute_force(kernel, stride, padding + reach, dilation, size + width, out, transposed).values()))
+        for reach, width in ((0, 0), (60 * stride if transposed else -60, 120))
+    )
+    found = zones.find_zones((kernel,), (stride,), (padding,), (dilation,), (size,), (out,), transposed)
+    share = zones.met_share(found, (kernel,), (stride,), (padding,), (dilation,), (out,), transposed)
+    assert share == (met / all_of if all_of else 1)
+
+
 def test_explain_names_the_zones():
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("the kernels run on a GPU or interpreted")

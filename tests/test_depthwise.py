@@ -1,4 +1,4 @@
-"""Depthwise convolution and its transpose: the kernels of `kernels.depthwise` against fp64 oracles."""
+"""Convolution in groups of one to four channels, and its transpose: `kernels.depthwise` against fp64 oracles."""
 
 import math
 import os
@@ -32,18 +32,25 @@ TRANSPOSED = {
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # One layer for each code path: wide and narrow chunks, strides with gaps and shared factors, several channels out of
-# one, kernels too long and strides too large for a window. (X's input, multiplier, kernel, stride, padding, dilation)
+# one, groups of several channels, kernels too long and strides too large for a window. (X's input, channels of a group
+# out and in, kernel, stride, padding, dilation)
 LAYERS = {
-    "chunks of four": ((2, 3, 4, 8), 1, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "chunks of two": ((1, 5, 4, 6), 1, (3, 3), (1, 2), (1, 1), (2, 1)),
-    "odd width": ((1, 3, 5, 7), 2, (2, 3), (1, 1), (0, 1), (1, 3)),
-    "bilinear": ((1, 4, 4, 16), 1, (4, 4), (2, 2), (1, 1), (1, 1)),
-    "stride 3": ((1, 2, 7, 12), 1, (3, 4), (3, 3), (1, 2), (1, 1)),
-    "gaps and shared factors": ((1, 2, 7, 13), 3, (2, 2), (3, 4), (0, 2), (1, 2)),
-    "causal": ((2, 9, 16), 1, (4,), (1,), (3,), (1,)),
-    "long kernel": ((1, 2, 8), 1, (65,), (1,), (32,), (1,)),
-    "large stride": ((1, 2, 36), 2, (2,), (33,), (0,), (11,)),
-    "3-D": ((1, 2, 3, 4, 4), 1, (2, 1, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1)),
+    "chunks of four": ((2, 3, 4, 8), (1, 1), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "chunks of two": ((1, 5, 4, 6), (1, 1), (3, 3), (1, 2), (1, 1), (2, 1)),
+    "odd width": ((1, 3, 5, 7), (2, 1), (2, 3), (1, 1), (0, 1), (1, 3)),
+    "bilinear": ((1, 4, 4, 16), (1, 1), (4, 4), (2, 2), (1, 1), (1, 1)),
+    "stride 3": ((1, 2, 7, 12), (1, 1), (3, 4), (3, 3), (1, 2), (1, 1)),
+    "gaps and shared factors": ((1, 2, 7, 13), (3, 1), (2, 2), (3, 4), (0, 2), (1, 2)),
+    "causal": ((2, 9, 16), (1, 1), (4,), (1,), (3,), (1,)),
+    "long kernel": ((1, 2, 8), (1, 1), (65,), (1,), (32,), (1,)),
+    "large stride": ((1, 2, 36), (2, 1), (2,), (33,), (0,), (11,)),
+    "3-D": ((1, 2, 3, 4, 4), (1, 1), (2, 1, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1)),
+    "groups of 4, a lane left over": ((2, 12, 5, 8), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "groups of 4 to 2, stride 2": ((1, 12, 6, 16), (2, 4), (4, 4), (2, 2), (1, 1), (1, 1)),
+    "groups of 2 to 4, gaps": ((1, 4, 7, 13), (4, 2), (2, 2), (3, 4), (0, 2), (1, 2)),
+    "groups of 4 to 1, odd width": ((2, 12, 9), (1, 4), (3,), (1,), (2,), (2,)),
+    "groups of 2, large stride": ((1, 4, 36), (2, 2), (2,), (33,), (0,), (11,)),
+    "groups of 2, 3-D": ((1, 4, 3, 4, 4), (2, 2), (2, 1, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1)),
 }
 
 
@@ -54,11 +61,11 @@ def layer(request):
 
 def layer_tensors(layer, seed, dtype=torch.float64, device="cpu"):
     """Both sides of X, its weight, and its geometry."""
-    shape, multiplier, kernel, *geometry = layer
+    shape, (a, b), kernel, *geometry = layer
     n, c, *size = shape
     out = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(size, kernel, *geometry, strict=True)]
-    shapes = shape, (n, c * multiplier, *out), (c * multiplier, 1, *kernel)
-    return *random_tensors(seed, *shapes, dtype=dtype, device=device), Geometry(*geometry, c)
+    shapes = shape, (n, c // b * a, *out), (c // b * a, b, *kernel)
+    return *random_tensors(seed, *shapes, dtype=dtype, device=device), Geometry(*geometry, c // b)
 
 
 def needs_kernels(tensor):
@@ -67,24 +74,24 @@ def needs_kernels(tensor):
 
 
 def check_kernels(x, y, w, geometry):
-    """All three, into buffers of NaN."""
+    """All three, into buffers of NaN; the weight gradient in the weight's own layout."""
     out, back, gradient = (torch.full_like(t, math.nan) for t in (y, x, w))
     depthwise.apply(x, w, None, None, out, geometry)
     depthwise.apply_transposed(y, w, None, None, back, geometry)
     depthwise.weight_grad(x, y, gradient, geometry)
     torch.testing.assert_close(out, reference.apply(x, w, y.shape[2:], geometry), check_stride=False)
     torch.testing.assert_close(back, reference.apply_transposed(y, w, x.shape[2:], geometry), check_stride=False)
-    torch.testing.assert_close(gradient, reference.weight_grad(x, y, w.shape[2:], geometry))
+    torch.testing.assert_close(gradient, reference.weight_grad(x, y, w.shape[2:], geometry), check_stride=False)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["chunks of four", "bilinear"])
+@pytest.mark.parametrize("name", ["chunks of four", "bilinear", "groups of 4, a lane left over"])
 def test_kernels_are_the_reference(name, device):
     dtype = torch.float64 if device == "cpu" else torch.float32
     x, y, w, geometry = layer_tensors(LAYERS[name], 0, dtype, device)
     needs_kernels(x)
-    for wide, narrow in both_layouts(x, y):
-        check_kernels(wide, narrow, w, geometry)
+    for wide, narrow, weight in both_layouts(x, y, w):
+        check_kernels(wide, narrow, weight, geometry)
 
 
 def test_layers(layer, device):
@@ -100,8 +107,9 @@ def test_layers(layer, device):
         (y, TRANSPOSED[axes], (stride, padding, extra, groups, dilation)),
     )
     for input, (ours, theirs), arguments in directions:
-        assert "depthwise" in fused.explain(ours, input, w, None, *arguments).reason or not INTERPRETED
-        channels = groups if input is y else w.shape[0]
+        kernel = "depthwise kernel" if w.shape[1] == 1 else "small-group kernel"
+        assert kernel in fused.explain(ours, input, w, None, *arguments).reason or not INTERPRETED
+        channels = (x if input is y else y).shape[1]
         (bias,) = random_tensors(2, (channels,), dtype=torch.float32, device=device)
         for tensors in both_layouts(input, w, bias):
             leaves = [t.detach().requires_grad_() for t in tensors]
@@ -112,7 +120,7 @@ def test_layers(layer, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["chunks of four", "odd width"])
+@pytest.mark.parametrize("name", ["chunks of four", "odd width", "groups of 4, a lane left over"])
 def test_half_precision(name, dtype, device):
     x, y, w, (stride, padding, dilation, groups) = layer_tensors(LAYERS[name], 3, dtype, device)
     for tensors in both_layouts(x, w):
@@ -141,8 +149,9 @@ def layers(draw):
     stride = kernel if draw(st.booleans()) else axis(1, 3)
     size = [*axis(1, 5)[1:], draw(st.sampled_from([1, 3, 5, 8, 12]))]
     assume(all(i + 2 * p > d * (k - 1) for i, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
-    shape = (draw(st.integers(1, 2)), draw(st.sampled_from([2, 3, 5])), *size)
-    return shape, draw(st.sampled_from([1, 1, 2, 3])), kernel, tuple(stride), tuple(padding), tuple(dilation)
+    a, b = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (1, 4), (4, 4)]))
+    shape = (draw(st.integers(1, 2)), b * draw(st.sampled_from([2, 3, 5])), *size)
+    return shape, (a, b), kernel, tuple(stride), tuple(padding), tuple(dilation)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -150,7 +159,7 @@ def layers(draw):
 def test_random_layers(layer, channels_last):
     x, y, w, geometry = layer_tensors(layer, 4)
     needs_kernels(x)
-    x, y = list(both_layouts(x, y))[-1 if channels_last else 0]
+    x, y, w = list(both_layouts(x, y, w))[-1 if channels_last else 0]
     check_kernels(x, y, w, geometry)
 
 
@@ -240,19 +249,22 @@ def test_empty_batch(device):
     assert w.grad is not None and w.grad.abs().sum() == 0
 
 
-def test_weight_gradient_is_split_right_and_reproducible(monkeypatch, device):
-    x, y, w = random_tensors(11, (1, 2, 64, 36), (1, 2, 64, 36), (2, 1, 1, 3), dtype=torch.float32, device=device)
+@pytest.mark.parametrize("group", [1, 2])
+def test_weight_gradient_is_split_right_and_reproducible(group, monkeypatch, device):
+    shape = (1, 2 * group, 64, 36)
+    x, y, w = random_tensors(11, shape, shape, (2 * group, group, 1, 3), dtype=torch.float32, device=device)
     needs_kernels(x)
     monkeypatch.setattr(config, "INTERPRETED_LANES", 32)
     geometry = Geometry((1, 1), (0, 1), (1, 1), 2)
-    for wide, narrow in both_layouts(x, y):
-        plan = launch.plan_weight_grad(layout_of(wide), (2, 1, 1, 3), layout_of(narrow), geometry, x.dtype, H200)
+    for wide, narrow, weight in both_layouts(x, y, w):
+        last = not weight.is_contiguous()
+        plan = launch.plan_weight_grad(layout_of(wide), w.shape, last, layout_of(narrow), geometry, x.dtype, H200)
         assert plan.grid[1] > 1
-        first, second = torch.full_like(w, math.nan), torch.full_like(w, math.nan)
+        first, second = torch.full_like(weight, math.nan), torch.full_like(weight, math.nan)
         depthwise.weight_grad(wide, narrow, first, geometry)
         depthwise.weight_grad(wide, narrow, second, geometry)
         expected = reference.weight_grad(x.double(), y.double(), (1, 3), geometry)
-        torch.testing.assert_close(first.double(), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(first.double(), expected, rtol=1e-4, atol=1e-3, check_stride=False)
         assert torch.equal(first, second)
 
 
@@ -287,7 +299,7 @@ def test_row_indices_widen_near_the_limit():
         image = Layout((batch, 2**9, 2**10, 2**10), (2**29, 2**20, 2**10, 1))
         geometry = Geometry((1, 1), (0, 0), (1, 1), 2**9)
         plan = launch.plan_apply(image, (2**9, 1, 1, 1), image, geometry, torch.float16, False)
-        gradient = launch.plan_weight_grad(image, (2**9, 1, 1, 1), image, geometry, torch.float16, H200)
+        gradient = launch.plan_weight_grad(image, (2**9, 1, 1, 1), False, image, geometry, torch.float16, H200)
         return str(plan.constants["INDEX"]), str(gradient.constants["INDEX"])
 
     assert index(16) == ("int32", "int32")
@@ -296,7 +308,7 @@ def test_row_indices_widen_near_the_limit():
 
 @pytest.mark.skipif(not INTERPRETED, reason="forces 64-bit row indices on the interpreted kernels")
 def test_64_bit_row_indices(monkeypatch):
-    monkeypatch.setattr(launch, "_index_dtype", lambda positions: launch.tl.int64)
+    monkeypatch.setattr(launch, "index_dtype", lambda positions: launch.tl.int64)
     for plan in (launch.plan_apply, launch.plan_weight_grad):
         monkeypatch.setattr(launch, plan.__name__, plan.__wrapped__)
     for name in ("bilinear", "causal"):
@@ -312,7 +324,7 @@ def test_new_sizes_need_no_new_kernel():
         plans = (
             launch.plan_apply(x, weight, x, geometry, torch.bfloat16, False),
             launch.plan_apply(x, weight, x, geometry, torch.bfloat16, True),
-            launch.plan_weight_grad(x, weight, x, geometry, torch.bfloat16, H200),
+            launch.plan_weight_grad(x, weight, False, x, geometry, torch.bfloat16, H200),
         )
         return tuple(tuple(sorted((k, str(v)) for k, v in plan.constants.items())) for plan in plans)
 
@@ -327,10 +339,22 @@ def test_the_choice_of_kernels():
     path = fused.explain(fused.conv2d, x, torch.randn(8, 1, 3, 3), groups=4)
     assert path.name == ("interpreted kernel" if INTERPRETED else "aten")
     assert ("depthwise kernel" in path.reason) == INTERPRETED
-    assert "depthwise" not in fused.explain(fused.conv2d, x, torch.randn(8, 2, 3, 3), groups=2).reason
+    path = fused.explain(fused.conv2d, x, torch.randn(8, 2, 3, 3), groups=2)
+    assert ("small-group kernel" in path.reason) == INTERPRETED
     # One group of one channel is a dense layer: there is nothing to take apart.
     assert "depthwise" not in fused.explain(fused.conv2d, x[:, :1], torch.randn(8, 1, 3, 3)).reason
-    assert depthwise.takes((8, 1, 3), 4) and not depthwise.takes((8, 1, 3), 1) and not depthwise.takes((8, 2, 3), 4)
+    taken = [
+        ((8, 1, 3), 4),
+        ((8, 2, 3), 4),
+        ((4, 4, 3, 3), 4),
+        ((8, 4, 4, 2, 2), 2),
+        ((4, 2, 7, 7), 2),
+        ((6, 1, 65), 2),
+    ]
+    # One group; three channels; too many channels, taps, or taps in a row.
+    others = [((8, 1, 3), 1), ((4, 4, 3), 1), ((6, 2, 3), 2), ((4, 3, 3), 4), ((16, 8, 3), 2), ((16, 4, 3), 2)]
+    others += [((8, 4, 5, 5), 2), ((8, 4, 6), 2)]
+    assert [depthwise.takes(*layer) for layer in taken + others] == [True] * len(taken) + [False] * len(others)
 
 
 def test_depthwise_layers_never_reach_the_dense_kernels(monkeypatch):
@@ -340,6 +364,9 @@ def test_depthwise_layers_never_reach_the_dense_kernels(monkeypatch):
     fused.conv2d(x, w, groups=4).square().sum().backward()
     fused.conv_transpose2d(x, w, groups=4).square().sum().backward()
     fused.conv_transpose2d_concat(x, torch.randn(1, 1, 7, 7), w, groups=4)
+    w = torch.randn(4, 2, 3, 3, requires_grad=True)
+    fused.conv2d(x, w, groups=2).square().sum().backward()
+    fused.conv_transpose2d(x, w, groups=2).square().sum().backward()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on the CPU only the interpreter runs the kernels")

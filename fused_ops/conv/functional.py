@@ -184,7 +184,8 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
     if path.name == ATEN:
         return None, path
     if ops.kernels_for(arguments[2].shape, call.groups) is depthwise:
-        path = Path(path.name, f"depthwise kernel for {path.reason}")
+        kernel = "depthwise" if arguments[2].shape[1] == 1 else "small-group"
+        path = Path(path.name, f"{kernel} kernel for {path.reason}")
     return call, path
 
 

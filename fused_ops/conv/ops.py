@@ -57,7 +57,7 @@ def _empty(x: Tensor, channels: int, size: Sequence[int], like: Sequence[Tensor]
 
 
 def kernels_for(weight: Sequence[int], groups: int) -> Any:
-    """The kernel family that takes a weight of this shape: dense and grouped, or depthwise."""
+    """The kernel family that takes a weight of this shape: dense and grouped, or depthwise and small groups."""
     return depthwise if depthwise.takes(weight, groups) else kernels
 
 

@@ -54,6 +54,14 @@ def write(layout: Layout, in_order: bool) -> Access:
     return Access(channels, strides, False, power_of_two_divisor(run, *gaps))
 
 
+def write_rows(layout: Layout) -> Access:
+    """The same where a tile's rows are neighbours only within rows of a channels-first image."""
+    direct = write(layout, False)
+    n, c, *steps, w = direct.strides
+    gaps = n, c if direct.channels > 1 else 0, *steps
+    return direct._replace(vector=power_of_two_divisor(layout.shape[-1], *gaps) if w == 1 else 1)
+
+
 def read(layout: Layout, in_order: bool, channels: int, columns: int) -> Access:
     """The same for an operand of a product that takes `channels` of a group to each of its `columns`.
 

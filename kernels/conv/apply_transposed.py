@@ -163,7 +163,7 @@ def conv_apply_transposed_kernel(
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_scatter_kernel(
     x_ptr,  # (N, groups * A, ID, IH, IW)
-    w_ptr,  # (groups * A, KD * KH * KW, B)
+    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, KD * KH, B, KW)
     bias_ptr,  # (groups * B,)
     residual_ptr,  # as y
     y_ptr,  # (N, groups * B, OD, OH, OW)
@@ -201,6 +201,7 @@ def conv_scatter_kernel(
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
+    ACROSS: tl.constexpr,
     CROP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -216,7 +217,8 @@ def conv_scatter_kernel(
     """y = relu(X^T x + bias + residual) where the stride equals the kernel size: one GEMM and a scattering store.
 
     [input pixels, A] times [A, taps * B]: every output pixel has exactly one tap, so each product lands at
-    S i + r - p with nothing to add up, and the input is read once for all taps.
+    S i + r - p with nothing to add up, and the input is read once for all taps. With ACROSS > 1 (which KW is then) the
+    taps along W are the innermost columns, and what they make of neighbouring pixels is written as the row that it is.
     """
     X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
     Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
@@ -230,7 +232,7 @@ def conv_scatter_kernel(
 
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
-    mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
+    mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN or ACROSS > 1 else Y_RUN)
     offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -260,14 +262,22 @@ def conv_scatter_kernel(
         )
         acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
-    tap = offs_n // B
+    ow = i_w * KW
+    if ACROSS > 1:
+        acc = tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // KW, KW]), [0, 2, 1])
+        acc = tl.reshape(acc, [BLOCK_M * KW, BLOCK_N // KW])
+        pixel = pid_m.to(INDEX) * (BLOCK_M * KW) + tl.arange(0, BLOCK_M * KW)
+        n, i_d, i_h, ow = unravel(pixel, ID, IH, IW * KW, NDIM)
+        mask_m = tl.max_constancy(n < N, Y_RUN)
+        offs_n = pid_n * (BLOCK_N // KW) + tl.arange(0, BLOCK_N // KW)
+        mask_n = offs_n < KD * KH * B
+    tap = offs_n // B * ACROSS
     channel = group * B + offs_n % B
     rd = tap // (KH * KW) - PAD_D
     rh = tap // KW % KH - PAD_H
     rw = tap % KW - PAD_W
     od = i_d * KD
     oh = i_h * KH
-    ow = i_w * KW
     mask = outer_and(mask_m, mask_n, Y_LAST)
     if CROP:
         d = outer_sum(od, rd, Y_LAST)

@@ -43,9 +43,10 @@ class ConvPlan(Plan):
     note: str = ""  # for people
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """(A, B, *kernel) with channels B innermost in memory: free where the weight is channels_last already."""
-    return weight.movedim(1, -1).contiguous()
+def pack_weight(weight: torch.Tensor, across: int = 1) -> torch.Tensor:
+    """(A, B, *kernel) with channels B innermost in memory: free where the weight is channels_last already. With
+    `across` > 1 they stand in front of the taps along the last axis."""
+    return weight.movedim(1, -1 if across == 1 else -2).contiguous()
 
 
 def dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def _worthwhile_zones(
     return zones.Branch(found, kernel, channels, weight[1], 0, 0)
 
 
-def _zones_note(branch: zones.Branch, geometry: Geometry, transposed: bool) -> str:
-    share = zones.met_share(branch.zones, branch.kernel, geometry.stride, transposed)
+def _zones_note(branch: zones.Branch, geometry: Geometry, out: Sequence[int], transposed: bool) -> str:
+    share = zones.met_share(branch.zones, branch.kernel, *geometry[:3], out, transposed)
     return f"validity zones: {share:.0%} of the taps meet pixels"
 
 
@@ -208,7 +209,7 @@ def plan_apply(
     }
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
-        note = _zones_note(found, geometry, False)
+        note = _zones_note(found, geometry, y.shape[2:], False)
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, note)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
@@ -244,6 +245,12 @@ def plan_apply_transposed(
     )
     access_x = access.read(x, scatter, a, b)
     access_y = access.write(y, math.prod(geometry.stride) == 1)
+    cropped = any(
+        size_y != size_x * s for s, size_x, size_y in zip(geometry.stride, x.shape[2:], y.shape[2:], strict=True)
+    )
+    across = 1
+    if scatter and not (cropped or access_y.last) and kernel[-1] in (2, 4, 8):
+        across, access_y = kernel[-1], access.write_rows(y)
     constants = layer_constants(kernel, geometry, a, b, access_x, access_y)
     if scatter:
         rows, columns = x.shape[0] * math.prod(x.shape[2:]), taps * b
@@ -251,9 +258,7 @@ def plan_apply_transposed(
         for name in ("SD", "SH", "SW", "DD", "DH", "DW"):
             del constants[name]
         constants["COLUMN_VEC"] = min(constants["OUT_VEC"], access_y.vector) if access_y.last else 1
-        constants["CROP"] = any(
-            size_y != size_x * s for s, size_x, size_y in zip(geometry.stride, x.shape[2:], y.shape[2:], strict=True)
-        )
+        constants |= {"ACROSS": across, "CROP": cropped}
     else:
         positions = [-(-size // s) for size, s in zip(y.shape[2:], geometry.stride, strict=True)]
         rows, columns = x.shape[0] * math.prod(positions), b
@@ -271,10 +276,10 @@ def plan_apply_transposed(
         phases,
         access.is_channels_last(access_x, access_y),
     )
-    constants["INDEX"] = index_dtype(rows)
+    constants["INDEX"] = index_dtype(rows * across)
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not scatter and (found := _worthwhile_zones(x, weight, y, geometry, config, True)):
-        note = _zones_note(found, geometry, True)
+        note = _zones_note(found, geometry, y.shape[2:], True)
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, note)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
@@ -378,14 +383,21 @@ def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tens
     return sides.flip(*range(2, weight.dim())), geometry._replace(padding=padding)
 
 
+def _backward(weight: torch.Tensor, geometry: Geometry) -> tuple[Callable[..., ConvPlan], torch.Tensor, Geometry]:
+    """How X^T is planned, and the weight and geometry for that."""
+    if is_better_flat(weight.shape, geometry):
+        return plan_apply, *as_convolution(weight, geometry)
+    return plan_apply_transposed, weight, geometry
+
+
 def _launch_forward(
     planner: Callable[..., ConvPlan],
-    x: torch.Tensor,
     weight: torch.Tensor,
+    geometry: Geometry,
+    x: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     y: torch.Tensor,
-    geometry: Geometry,
     relu: bool,
     tf32: bool,
 ) -> None:
@@ -398,7 +410,7 @@ def _launch_forward(
     with device_guard(x):
         plan.launch(
             x,
-            pack_weight(weight),
+            pack_weight(weight, plan.constants.get("ACROSS", 1)),
             bias,
             residual,
             y,
@@ -425,7 +437,7 @@ def apply(
     Shapes: x (N, groups B, *in), weight (groups A, B, *kernel), bias (groups A,), y and residual (N, groups A, *out);
     residual has y's strides.
     """
-    _launch_forward(plan_apply, x, weight, bias, residual, y, geometry, relu, tf32)
+    _launch_forward(plan_apply, weight, geometry, x, bias, residual, y, relu, tf32)
 
 
 def apply_transposed(
@@ -444,11 +456,7 @@ def apply_transposed(
     Shapes: x (N, groups A, *in), weight (groups A, B, *kernel), bias (groups B,), y and residual (N, groups B, *out);
     residual has y's strides.
     """
-    planner = plan_apply_transposed
-    if is_better_flat(weight.shape, geometry):
-        weight, geometry = as_convolution(weight, geometry)
-        planner = plan_apply
-    _launch_forward(planner, x, weight, bias, residual, y, geometry, relu, tf32)
+    _launch_forward(*_backward(weight, geometry), x, bias, residual, y, relu, tf32)
 
 
 def describe(
@@ -457,10 +465,7 @@ def describe(
     """What is special about the launch of `apply`, or of `apply_transposed`, with these; their values don't matter."""
     if y.numel() == 0:
         return ""
-    planner = plan_apply_transposed if transposed else plan_apply
-    if transposed and is_better_flat(weight.shape, geometry):
-        weight, geometry = as_convolution(weight, geometry)
-        planner = plan_apply
+    planner, weight, geometry = _backward(weight, geometry) if transposed else (plan_apply, weight, geometry)
     return planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 

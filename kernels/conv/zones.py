@@ -130,11 +130,24 @@ def plain_tile_taps(
     return math.prod(kernel) * -(-batch * math.prod(positions) // block_m)
 
 
-def met_share(zones: Sequence[Zone], kernel: Sequence[int], stride: Sequence[int], transposed: bool) -> float:
-    """Share of all pairs of output pixel and tap (of its phase) whose input pixel exists."""
-    pixels = sum(zone.pixels for zone in zones)
-    taps = math.prod(kernel) / (math.prod(stride) if transposed else 1)
-    return sum(zone.pixels * zone.taps for zone in zones) / (pixels * taps)
+def met_share(
+    zones: Sequence[Zone],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Sequence[int],
+    transposed: bool,
+) -> float:
+    """Share of all pairs of output pixel and tap, of X^T its phase's, whose input pixel exists; 1 of none."""
+    if transposed:
+        pairs = math.prod(
+            sum((i + p - d * r) % s == 0 for i in range(size) for r in range(k))
+            for k, s, p, d, size in zip(kernel, stride, padding, dilation, out, strict=True)
+        )
+    else:
+        pairs = math.prod(kernel) * math.prod(out)
+    return sum(zone.pixels * zone.taps for zone in zones) / pairs if pairs else 1.0
 
 
 class Branch(NamedTuple):

@@ -1,4 +1,4 @@
-"""X and X^T where every channel is convolved by itself: depthwise convolution, its transpose, their input gradients."""
+"""X and X^T where every few channels are convolved by themselves: forward, and the input gradients of each other."""
 
 # A static_range and arithmetic on constexpr are fine for Triton and wrong for a type checker.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 
 from ..tile import residue_phase, unravel
-from .tile import RUNTIME, UNIT_STRIDES, first_chunk, is_read, last_chunk, load_chunk, pack, tap_between
+from .tile import (
+    RUNTIME,
+    UNIT_STRIDES,
+    add_at,
+    first_chunk,
+    is_read,
+    last_chunk,
+    load_chunk,
+    pack,
+    pair_of,
+    tap_between,
+)
 
 
 @triton.jit
@@ -45,11 +56,11 @@ def _finish(
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNIT_STRIDES)
 def depthwise_apply_kernel(
-    x_ptr,  # (N, C, ID, IH, IW), or with TRANSPOSED (N, C * MULTIPLIER, ID, IH, IW)
-    w_ptr,  # (C * MULTIPLIER, KD * KH * KW), or with CHANNELS_LAST (KD * KH * KW, C * MULTIPLIER)
+    x_ptr,  # (N, C * GROUP_X, ID, IH, IW), or with TRANSPOSED (N, C * MULTIPLIER * GROUP_X, ID, IH, IW)
+    w_ptr,  # (C * MULTIPLIER, PAIRS, KD * KH * KW), or with CHANNELS_LAST (KD * KH * KW, C / COLS, PAIRS, COLS)
     bias_ptr,  # (channels of y,)
     residual_ptr,  # as y
-    y_ptr,  # (N, C * MULTIPLIER, OD, OH, OW), or with TRANSPOSED (N, C, OD, OH, OW)
+    y_ptr,  # (N, C * MULTIPLIER * GROUP_Y, OD, OH, OW), or with TRANSPOSED (N, C * GROUP_Y, OD, OH, OW)
     N,
     ID,
     IH,
@@ -85,6 +96,8 @@ def depthwise_apply_kernel(
     GH: tl.constexpr,
     GW: tl.constexpr,
     MULTIPLIER: tl.constexpr,
+    GROUP_X: tl.constexpr,
+    GROUP_Y: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -109,7 +122,11 @@ def depthwise_apply_kernel(
     lanes go over channels. X^T is taken by residue phases along D and H, one a program, and along W all phases in a
     lane, whose U columns are a multiple of the stride: whole rows are written. Without WINDOW (many taps, or a large
     stride) U is 1, the taps along W are looped over, and W has phases of its own.
+
+    A channel c stands for GROUP_X channels of x and GROUP_Y of y, of which a lane joins all PAIRS: depthwise, both are
+    1; in groups of a few channels MULTIPLIER is.
     """
+    PAIRS: tl.constexpr = GROUP_X * GROUP_Y
     CHANNELS = UNITS * UNIT
     WEIGHTS = CHANNELS * MULTIPLIER if TRANSPOSED else CHANNELS
     TAPS: tl.constexpr = KD * KH * KW
@@ -136,7 +153,8 @@ def depthwise_apply_kernel(
     # Phases change faster than rows, so that programs that share input rows run side by side.
     phase = tl.program_id(0) // tiles % PHASES
     row = (tl.program_id(0) // (tiles * PHASES)).to(INDEX) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
+    tile = tl.program_id(0) % tiles
+    col = tile * COLS + tl.arange(0, COLS)
     if CHANNELS_LAST:
         n, qd, qh, qw = unravel(row, QD, QH, QW, NDIM)
         channel = col
@@ -159,15 +177,15 @@ def depthwise_apply_kernel(
     offs_x = n.to(tl.int64) * stride_xn
     offs_y = n.to(tl.int64) * stride_yn + od.to(tl.int64) * stride_yd + oh.to(tl.int64) * stride_yh
     if not CHANNELS_LAST:
-        offs_y += channel * stride_yc
+        offs_y += channel * GROUP_Y * stride_yc
     if WINDOW:
         ow = qw * U
         iw = qw * (U // SW if TRANSPOSED else U * SW)
     else:
         ow, iw, first_w, taps_w = _axis(qw, phase % PHASES_W, PAD_W, KW, SW, DW, GW, TRANSPOSED)
 
-    acc = ()
-    for _ in tl.static_range(U):
+    acc = ()  # output channels by columns
+    for _ in tl.static_range(GROUP_Y * U):
         acc = acc + (tl.zeros((ROWS, COLS), dtype=ACC),)
     REPEATS: tl.constexpr = MULTIPLIER if TRANSPOSED else 1
     for step in tl.range(0, REPEATS * STEPS_D * STEPS_H, loop_unroll_factor=UNROLL):
@@ -185,18 +203,23 @@ def depthwise_apply_kernel(
         channel_w = channel_x if TRANSPOSED else channel
         tap = ((first_d + jd * TAP_D) * KH + first_h + jh * TAP_H) * KW
         offs_row = offs_x + i_d.to(tl.int64) * stride_xd + i_h.to(tl.int64) * stride_xh
-        offs_c = channel_x * stride_xc
-        if CHANNELS_LAST:
+        offs_c = channel_x * GROUP_X * stride_xc
+        if not CHANNELS_LAST:
+            offs_row += offs_c
+            offs_w = channel_w * (PAIRS * TAPS) + tap
+        elif PAIRS == 1:
             offs_w = tap * WEIGHTS + channel_w
         else:
-            offs_row += offs_c
-            offs_w = channel_w * TAPS + tap
+            offs_w = (tap * tiles + tile).to(tl.int64) * (PAIRS * COLS) + tl.arange(0, COLS)
         mask_w = mask_c & (jd < taps_d) & (jh < taps_h)
+        TO_TAP = 1 if not CHANNELS_LAST else WEIGHTS if PAIRS == 1 else tiles * PAIRS * COLS
+        TO_PAIR: tl.constexpr = COLS if CHANNELS_LAST else TAPS
         if WINDOW:
-            weights = ()
+            weights = ()  # taps by pairs
             for r in tl.static_range(KW):
-                w = tl.load(w_ptr + offs_w + (r * WEIGHTS if CHANNELS_LAST else r), mask=mask_w, other=0.0).to(ACC)
-                weights = weights + (w[None, :] if CHANNELS_LAST else w[:, None],)
+                for pair in tl.static_range(PAIRS):
+                    w = tl.load(w_ptr + offs_w + r * TO_TAP + pair * TO_PAIR, mask=mask_w, other=0.0).to(ACC)
+                    weights = weights + (w[None, :] if CHANNELS_LAST else w[:, None],)
             for chunk in tl.static_range(FIRST, LAST + 1):
                 if is_read(chunk, X_CHUNK, U, PAD_W, KW, SW, DW, TRANSPOSED):
                     columns = load_chunk(
@@ -208,22 +231,26 @@ def depthwise_apply_kernel(
                         iw + chunk * X_CHUNK,
                         IW,
                         stride_xw,
+                        stride_xc,
                         CHANNELS_LAST,
+                        GROUP_X,
                         X_CHUNK,
                         X_VEC,
                     )
-                    for i in tl.static_range(X_CHUNK):
+                    for i in tl.static_range(GROUP_X * X_CHUNK):
                         x = columns[i].to(ACC)
                         for j in tl.static_range(U):
-                            if tap_between(chunk * X_CHUNK + i, j, PAD_W, KW, SW, DW, TRANSPOSED) >= 0:
-                                w = weights[tap_between(chunk * X_CHUNK + i, j, PAD_W, KW, SW, DW, TRANSPOSED)]
-                                acc = acc[:j] + (acc[j] + x * w,) + acc[j + 1 :]
+                            if tap_between(chunk * X_CHUNK + i % X_CHUNK, j, PAD_W, KW, SW, DW, TRANSPOSED) >= 0:
+                                for o in tl.static_range(GROUP_Y):
+                                    w = weights[
+                                        tap_between(chunk * X_CHUNK + i % X_CHUNK, j, PAD_W, KW, SW, DW, TRANSPOSED)
+                                        * PAIRS
+                                        + pair_of(i // X_CHUNK, o, GROUP_X, GROUP_Y, TRANSPOSED)
+                                    ]
+                                    acc = add_at(acc, o * U + j, x * w)
         else:
             for jw in range(0, STEPS_W):
                 r = first_w + jw * TAP_W
-                w = tl.load(
-                    w_ptr + offs_w + (r * WEIGHTS if CHANNELS_LAST else r), mask=mask_w & (jw < taps_w), other=0.0
-                ).to(ACC)
                 columns = load_chunk(
                     x_ptr,
                     offs_row,
@@ -233,31 +260,58 @@ def depthwise_apply_kernel(
                     iw + jw * MOVE_W,
                     IW,
                     stride_xw,
+                    stride_xc,
                     CHANNELS_LAST,
+                    GROUP_X,
                     1,
                     X_VEC,
                 )
-                x = columns[0].to(ACC)
-                acc = (acc[0] + x * (w[None, :] if CHANNELS_LAST else w[:, None]),)
+                for i in tl.static_range(GROUP_X):
+                    x = columns[i].to(ACC)
+                    for o in tl.static_range(GROUP_Y):
+                        offs_pair = r * TO_TAP + pair_of(i, o, GROUP_X, GROUP_Y, TRANSPOSED) * TO_PAIR
+                        w = tl.load(w_ptr + offs_w + offs_pair, mask=mask_w & (jw < taps_w), other=0.0).to(ACC)
+                        acc = add_at(acc, o, x * (w[None, :] if CHANNELS_LAST else w[:, None]))
 
+    channel_y = channel * GROUP_Y
     bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(ACC)
-        bias = bias[None, :] if CHANNELS_LAST else bias[:, None]
     if JOIN:
         # Contiguous columns, written together. The width's divisor is said again for the mask's sake.
         ow = ow[None, :, None] + tl.arange(0, U)[None, None, :]
-        offs = tl.multiple_of(offs_y, Y_VEC)[:, None, None] + ow.to(tl.int64) * stride_yw
         mask = mask_row[:, None, None] & (ow < OW // Y_VEC * Y_VEC)
-        bias = bias[:, :, None] if HAS_BIAS else bias
-        _finish(pack(acc, U), bias, residual_ptr, y_ptr, offs, mask, HAS_BIAS, HAS_RESIDUAL, RELU)
-    else:
+        offs_y = tl.multiple_of(offs_y, Y_VEC)  # for the first channel, to which nothing is added
+        for o in tl.static_range(GROUP_Y):
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + channel_y + o, mask=mask_c, other=0.0).to(ACC)[:, None, None]
+            offs = tl.multiple_of(offs_y + o * stride_yc, Y_VEC)[:, None, None] + ow.to(tl.int64) * stride_yw
+            y = pack(acc[o * U : (o + 1) * U], U)
+            _finish(y, bias, residual_ptr, y_ptr, offs, mask, HAS_BIAS, HAS_RESIDUAL, RELU)
+    elif CHANNELS_LAST and GROUP_Y > 1:
+        # So are the channels of a group.
+        of_group = tl.arange(0, GROUP_Y)[None, None, :]
+        channel_y = channel_y[None, :, None] + of_group
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + channel_y, mask=mask_c[None, :, None], other=0.0).to(ACC)
         for j in tl.static_range(U):
+            parts = ()
+            for o in tl.static_range(GROUP_Y):
+                parts = parts + (acc[o * U + j],)
             offs_w = (ow + j).to(tl.int64) * stride_yw
-            if CHANNELS_LAST:
-                offs = tl.multiple_of(offs_y + offs_w, Y_VEC)[:, None] + (channel * stride_yc)[None, :]
-                mask = (mask_row & (ow + j < OW))[:, None] & mask_c[None, :]
-            else:
-                offs = offs_y[:, None] + offs_w[None, :]
-                mask = mask_row[:, None] & (ow + j < OW)[None, :]
-            _finish(acc[j], bias, residual_ptr, y_ptr, offs, mask, HAS_BIAS, HAS_RESIDUAL, RELU)
+            offs = tl.multiple_of(offs_y + offs_w, Y_VEC)[:, None, None] + channel_y * stride_yc
+            mask = (mask_row & (ow + j < OW))[:, None, None] & mask_c[None, :, None]
+            y = pack(parts, GROUP_Y)
+            _finish(y, bias, residual_ptr, y_ptr, offs, mask, HAS_BIAS, HAS_RESIDUAL, RELU)
+    else:
+        for o in tl.static_range(GROUP_Y):
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + channel_y + o, mask=mask_c, other=0.0).to(ACC)
+                bias = bias[None, :] if CHANNELS_LAST else bias[:, None]
+            for j in tl.static_range(U):
+                offs_w = (ow + j).to(tl.int64) * stride_yw
+                if CHANNELS_LAST:
+                    offs = tl.multiple_of(offs_y + offs_w, Y_VEC)[:, None] + (channel_y * stride_yc)[None, :]
+                    mask = (mask_row & (ow + j < OW))[:, None] & mask_c[None, :]
+                else:
+                    offs = (offs_y + o * stride_yc)[:, None] + offs_w[None, :]
+                    mask = mask_row[:, None] & (ow + j < OW)[None, :]
+                _finish(acc[o * U + j], bias, residual_ptr, y_ptr, offs, mask, HAS_BIAS, HAS_RESIDUAL, RELU)

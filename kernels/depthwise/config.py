@@ -20,7 +20,11 @@ ACCUMULATORS = 64  # of a thread in the weight gradient
 GRADIENT_PRODUCTS = 256  # multiply-adds of a thread in one step of the weight gradient
 UNROLLED = 128  # multiply-adds of a thread in a loop's body
 WIDEST_WINDOW = 32  # output columns of a lane
-WINDOW_PRODUCTS = 256  # multiply-adds of a lane along W
+WINDOW_PRODUCTS = 256  # multiply-adds of a lane along W, for each pair of channels
+GROUP_PRODUCTS = 512  # the same for all pairs
+LARGEST_GROUP = 4  # channels: eight fill the narrowest matrix instruction
+GROUP_TERMS = 256  # multiply-adds of a pixel of one group, at most: more are for matrix instructions, full or not
+GROUP_WEIGHTS = 80  # of one row of taps, for a thread's registers
 
 
 @dataclass(frozen=True)
@@ -75,26 +79,35 @@ def choose_config(
     channels_last: bool,
     itemsize: int,
     weight_grad: bool = False,
+    group: tuple[int, int] = (1, 1),
 ) -> DepthwiseConfig:
-    """Launch for `channels` of images `width` columns wide.
+    """Launch for `channels` of images `width` columns wide, each standing for a `group` (of x, of y).
 
     `u` is what `columns_of_a_lane` says, `stride` that of X^T (1 for X), `repeats` how often a lane goes over the
     kernel, `vector` how many channels one load takes.
     """
+    group_x, group_y = group
+    pairs = group_x * group_y
     tap_rows, taps = kernel[0] * kernel[1], kernel[2]
+    while u > stride and u * -(-taps // stride) * pairs > GROUP_PRODUCTS:
+        u //= 2
     products = u * -(-taps // stride)
-    window = u <= WIDEST_WINDOW and products <= WINDOW_PRODUCTS
+    window = u <= WIDEST_WINDOW and products <= WINDOW_PRODUCTS and products * pairs <= GROUP_PRODUCTS
     if not window:
         u, taps, products = 1, 1, 1
+    taps, products = taps * pairs, products * pairs
     lanes = INTERPRETED_LANES if INTERPRETED else LANES
     held = 1  # elements of a thread in one tensor
     if channels_last:
-        held = vector
-        while held > 1 and (taps + u + 2) * held > REGISTERS:
-            held //= 2
-        while weight_grad and held > 2 and tap_rows * taps * held > ACCUMULATORS:
-            held //= 2
-        line = LINE // itemsize
+        if pairs == 1:
+            held = vector
+            while held > 1 and (taps + u + 2) * held > REGISTERS:
+                held //= 2
+            while weight_grad and held > 2 and tap_rows * taps * held > ACCUMULATORS:
+                held //= 2
+        elif not weight_grad and taps + 2 * (u * group_y + group_x) <= REGISTERS // 2:
+            held = 2  # pixels, for which the weights are loaded once
+        line = LINE // itemsize // group_x
         whole = 1 << (channels - 1).bit_length()
         cols = _least_waste(channels, [line // 2, line]) if whole > line // 2 else whole
     else:
@@ -102,7 +115,7 @@ def choose_config(
         across = -(-width // u)
         cols = _least_waste(across, [c for c in LANES_ACROSS if 2 * c * u * itemsize >= LINE or c >= across])
     rows = max(1, lanes * held // cols)
-    fitting = max(1, min(ACCUMULATORS // (taps * held), GRADIENT_PRODUCTS // (products * held)))
+    fitting = max(1, min(ACCUMULATORS // (taps * held), GRADIENT_PRODUCTS // (products * held))) if pairs == 1 else 1
     grouped = -(-tap_rows // -(-tap_rows // fitting)) if window else 1
     steps, most = repeats * tap_rows, max(1, UNROLLED // (products * held))
     unroll = max(n for n in range(1, min(steps, most) + 1) if steps % n == 0)

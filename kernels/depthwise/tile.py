@@ -25,6 +25,12 @@ def tap_between(column, j, PAD, K, S, D, TRANSPOSED):
 
 
 @triton.constexpr_function
+def pair_of(read, made, READ, MADE, TRANSPOSED):
+    """Where a group's weight of a channel that is read and one that is made stands among all its pairs (A, B)."""
+    return read * MADE + made if TRANSPOSED else made * READ + read
+
+
+@triton.constexpr_function
 def first_chunk(CHUNK, PAD, K, S, D, TRANSPOSED):
     return ((PAD - D * (K - 1)) // S if TRANSPOSED else -PAD) // CHUNK
 
@@ -86,24 +92,39 @@ def load_chunk(
     column,  # first of the chunk: [ROWS] with CHANNELS_LAST, else [COLS]
     WIDTH,
     stride_w,
+    stride_c,
     CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """CHUNK neighbouring columns of every lane, each [ROWS, COLS]. A chunk lies inside of the image or outside."""
+    """GROUP channels by CHUNK neighbouring columns of every lane, each [ROWS, COLS].
+
+    A chunk lies inside of the image or outside; with CHANNELS_LAST it is one column.
+    """
     inside = (column >= 0) & (column < WIDTH)
     offs_w = column.to(tl.int64) * stride_w
     if CHANNELS_LAST:
         # The hints stand here: on the arguments they would be lost when the call is inlined.
         offs_pixel = tl.multiple_of(offs_row + offs_w, VEC)
         mask = (mask_row & inside)[:, None] & mask_c[None, :]
-        columns = (tl.load(x_ptr + offs_pixel[:, None] + offs_c[None, :], mask=mask, other=0.0),)
-    elif CHUNK == 1:
-        mask = mask_row[:, None] & inside[None, :]
-        columns = (tl.load(x_ptr + offs_row[:, None] + offs_w[None, :], mask=mask, other=0.0),)
+        if GROUP == 1:
+            columns = (tl.load(x_ptr + offs_pixel[:, None] + offs_c[None, :], mask=mask, other=0.0),)
+        else:
+            offs = offs_c[None, :, None] + tl.arange(0, GROUP)[None, None, :] * stride_c
+            x = tl.load(x_ptr + offs_pixel[:, None, None] + offs, mask=mask[:, :, None], other=0.0)
+            columns = unpack(x, GROUP)
     else:
-        offs = offs_row[:, None, None] + (offs_w[None, :, None] + tl.arange(0, CHUNK)[None, None, :])
-        offs = tl.multiple_of(offs, (1, 1, CHUNK))
-        mask = mask_row[:, None, None] & inside[None, :, None]
-        columns = unpack(tl.load(x_ptr + offs, mask=mask, other=0.0), CHUNK)
+        columns = ()
+        for c in tl.static_range(GROUP):
+            offs_channel = offs_row + c * stride_c
+            if CHUNK == 1:
+                mask = mask_row[:, None] & inside[None, :]
+                x = tl.load(x_ptr + offs_channel[:, None] + offs_w[None, :], mask=mask, other=0.0)
+                columns = columns + (x,)
+            else:
+                offs = offs_channel[:, None, None] + (offs_w[None, :, None] + tl.arange(0, CHUNK)[None, None, :])
+                offs = tl.multiple_of(offs, (1, 1, CHUNK))
+                mask = mask_row[:, None, None] & inside[None, :, None]
+                columns = columns + unpack(tl.load(x_ptr + offs, mask=mask, other=0.0), CHUNK)
     return columns

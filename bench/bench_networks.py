@@ -108,7 +108,8 @@ class Step:
         targets = (torch.arange(prod(shape), device=x.device) * 7 // 3 % classes).view(shape)
         function = module
         if self.compiled:
-            torch._dynamo.reset()
+            if not self.state:  # a reset would also drop what was compiled for another layout
+                torch._dynamo.reset()
             function = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
         return function, list(module.parameters()), data, targets
 

@@ -51,7 +51,7 @@ class Case:
 
 
 class Compiled:
-    """A call through torch.compile, compiled when it is first used.
+    """A call through torch.compile, compiled when it is first used, and again for inputs in another layout.
 
     Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
     """
@@ -122,8 +122,8 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
         calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
         calls[Variant("torch", layout)] = partial(case.theirs, *inputs)
         calls |= {Variant(name, layout): partial(call, *inputs) for name, call in case.rivals.items()}
-    if compiled and case.compiled:
-        calls[Variant("torch.compile", "contiguous")] = partial(case.compiled, *contiguous)
+        if compiled and case.compiled:
+            calls[Variant("torch.compile", layout)] = partial(case.compiled, *inputs)
     return calls
 
 

@@ -18,6 +18,7 @@ STYLES = {
     "torch": ("#0072B2", "o"),
     "torch channels_last": ("#E69F00", "s"),
     "torch.compile": ("#009E73", "D"),
+    "torch.compile channels_last": ("#D55E00", "^"),
     "torch, weights apart": ("#CC79A7", "v"),
     "torch, step by step": ("#56B4E9", "P"),
 }

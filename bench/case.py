@@ -32,7 +32,7 @@ class Case:
     direction: str  # "forward", "input gradient", "weight gradient" or "forward and backward"
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]  # of the arguments
-    flop: int  # 2 x multiply-adds that are needed; zeros between the pixels of a transposed convolution are not
+    flop: int  # 2 x multiply-adds that are needed; those with padding, or zeros between pixels (X^T), are not
     bytes: int  # every tensor read or written once
     reduction: int | None  # terms in one sum; None where there are many sums
     ours: Call

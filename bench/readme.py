@@ -22,6 +22,7 @@ REGIMES = {
     "transposed convolution, kernel = stride": "transposed convolution, kernel = stride",
     "transposed convolution, kernel > stride": "transposed convolution, kernel > stride",
     "transposed convolution, depthwise": "transposed convolution, depthwise",
+    "atrous pyramid into the concatenation": "atrous pyramid (ASPP) into the concatenation",
     "up-convolution into the concatenation": "up-convolution into the concatenation (skip copied)",
     "max-pooling with places": "max-pooling, 8-bit offsets against 64-bit indices",
     "max-pooling and unpooling": "max-pooling and back, the same",

@@ -19,7 +19,7 @@ from ..kernels.pool import launch as pool_launch
 from ..kernels.pool.config import PoolConfig
 from ..kernels.rnn import launch as rnn_launch
 from ..kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig
-from .case import FORMATS, Case, GateError, Measure, Variant, epsilon, error_of, in_layout
+from .case import FORMATS, Case, GateError, Measure, Output, Variant, epsilon, error_of, in_layout
 from .report import commit, name_of
 
 SHIPPED = "as shipped"
@@ -141,7 +141,7 @@ def tune(case: Case, device: str, layout: str, configs: list[Any], measure: Meas
     return rows
 
 
-def _try(case: Case, inputs: list[Tensor], oracle: Tensor, limit: float, config: Any, measure: Measure | None):
+def _try(case: Case, inputs: list[Tensor], oracle: Output, limit: float, config: Any, measure: Measure | None):
     if config is not None:
         with forced(config):
             return _try(case, inputs, oracle, limit, None, measure)

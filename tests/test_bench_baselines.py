@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from backstride.bench import bench_conv, bench_networks, bench_pool
+from backstride.bench import bench_conv, bench_networks, bench_pool, bench_pyramid
 from backstride.bench.algorithm import UNKNOWN, algorithm, label
 from backstride.bench.case import Variant, run_case, variants
 from backstride.bench.timing import WARM_UP
 
 CONV = bench_conv.case(bench_conv.Layer("layer", 2, 3, 5, (6, 7), 3, 2, 1), "forward", torch.float32)
 POOL, ROUND_TRIP = bench_pool.cases(True, True)[:2]
+PYRAMID = bench_pyramid.cases(True, True)[1]
 NETWORK = bench_networks.case(bench_networks.NETWORKS[0].tiny(), torch.float32)
 
 
@@ -35,8 +36,8 @@ def backend(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "results"),
-    [(CONV, [1]), (POOL, [2]), (ROUND_TRIP, [2, 1]), (NETWORK, None)],
-    ids=["convolution", "pooling", "unpooling", "network"],
+    [(CONV, [1]), (POOL, [2]), (ROUND_TRIP, [2, 1]), (PYRAMID, [1]), (NETWORK, None)],
+    ids=["convolution", "pooling", "unpooling", "pyramid in training", "network"],
 )
 def test_both_layouts_are_compiled_in_the_warm_up(backend, case, results):
     """And not when they are timed. Pooling has to return its indices: what nobody wants would not be computed."""

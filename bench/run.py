@@ -133,8 +133,7 @@ def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
             console.print("[yellow]Out of time: the remaining cases were not tried.[/]")
             break
         measured = (lambda calls: measure(calls, QUICK_REPEATS, graph=False)) if gpu else None
-        configs = tune.candidates(case, tiny=not gpu)
-        new = tune.tune(case, "cuda" if gpu else "cpu", layout, configs, measured)
+        new = tune.tune(case, "cuda" if gpu else "cpu", layout, measured)
         console.print(tune.table(new))
         rows += new
         if path:

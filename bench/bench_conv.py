@@ -167,13 +167,13 @@ LAYERS = [
 ]
 
 
-def _meetings(narrow: int, wide: int, layer: Layer) -> int:
+def meetings(narrow: int, wide: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Pairs of a pixel n < narrow and a tap r of one axis for which the wide side has pixel stride n + dilation r -
     padding. The others meet padding."""
     pairs = 0
-    for tap in range(layer.kernel):
-        before = layer.padding - layer.dilation * tap  # wide pixels before that which this tap of n = 0 meets
-        first, end = (-(-pixel // layer.stride) for pixel in (before, before + wide))
+    for tap in range(kernel):
+        before = padding - dilation * tap  # wide pixels before that which this tap of n = 0 meets
+        first, end = (-(-pixel // stride) for pixel in (before, before + wide))
         pairs += max(min(end, narrow) - max(first, 0), 0)
     return pairs
 
@@ -181,8 +181,9 @@ def _meetings(narrow: int, wide: int, layer: Layer) -> int:
 def flop(layer: Layer) -> int:
     """2 x multiply-adds, alike in all directions: each weight element meets each pixel of the narrow side once, but for
     those that would meet padding, which are not needed."""
-    sides = zip(layer.size, layer.out_size, strict=True)
-    pairs = (_meetings(x, y, layer) if layer.transposed else _meetings(y, x, layer) for x, y in sides)
+    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation
+    sides = (layer.size, layer.out_size) if layer.transposed else (layer.out_size, layer.size)
+    pairs = (meetings(narrow, wide, *geometry) for narrow, wide in zip(*sides, strict=True))
     return 2 * layer.batch * math.prod(layer.weight[:2]) * math.prod(pairs)
 
 

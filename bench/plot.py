@@ -24,7 +24,7 @@ STYLES = {
 }
 FAMILIES = {
     "conv": "convolution",
-    "atrous": "convolution",
+    "atrous": "pyramid",
     "max": "pooling",
     "rnn": "recurrence",
     "network": "networks",

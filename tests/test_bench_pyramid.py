@@ -38,7 +38,7 @@ def test_every_gradient_is_checked():
         error_of(gradients[:-1], gradients, None)
 
 
-def test_stands_with_the_convolutions_in_pictures():
+def test_has_pictures_of_its_own():
     case = bench_pyramid.case(PYRAMID, "forward", torch.float32)
     row = failed_row(case, "off", ASSUMED, Environment("a GPU", "1.2", "2.13", "3.7", "abc"))
-    assert family(row) == "convolution"
+    assert family(row) == "pyramid"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from .. import fused_ops
 from ..fused_ops.conv import ops
-from .case import Call, Case, Compiled
+from .case import Call, Case, Compiled, results_of
 
 CONCAT = "conv_transpose2d_concat"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer; geometry is the same along every axis. `skip`: channels of what the output is concatenated to."""
+    """A layer; geometry is the same along every axis. `skip`: channels of what the output is concatenated to; with
+    `in_place` they lie before the output's already, in the tensor that both are slices of."""
 
     name: str
     batch: int
@@ -34,16 +36,21 @@ class Layer:
     output_padding: int = 0
     transposed: bool = False
     skip: int = 0
+    in_place: bool = False
     quick: bool = False  # also timed under --quick
 
     @property
     def op(self) -> str:
-        return CONCAT if self.skip else f"conv{'_transpose' if self.transposed else ''}{len(self.size)}d"
+        return (
+            CONCAT
+            if self.skip and not self.in_place
+            else f"conv{'_transpose' if self.transposed else ''}{len(self.size)}d"
+        )
 
     @property
     def regime(self) -> str:
         if self.skip:
-            return "up-convolution into the concatenation"
+            return f"up-convolution into the concatenation, skip {'in place' if self.in_place else 'copied'}"
         if self.groups > 1:
             return f"{'transposed ' if self.transposed else ''}convolution, depthwise"
         if self.transposed:
@@ -154,17 +161,35 @@ LAYERS = [
     Up("U-Net up 1024 + skip, batch 16", 16, 1024, 512, (32, 32), 2, 2, skip=512),
     Up("U-Net up 128 + skip, valid", 1, 128, 64, (196, 196), 2, 2, skip=64),
     Up("U-Net up 128 + skip, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, quick=True),
+    Up("U-Net up 1024 + skip in place, batch 16", 16, 1024, 512, (32, 32), 2, 2, skip=512, in_place=True),
+    Up("U-Net up 128 + skip in place, valid", 1, 128, 64, (196, 196), 2, 2, skip=64, in_place=True),
+    Up("U-Net up 128 + skip in place, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, in_place=True, quick=True),
 ]
 
 
+def meetings(narrow: int, wide: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Pairs of a pixel n < narrow and a tap r of one axis for which the wide side has pixel stride n + dilation r -
+    padding. The others meet padding."""
+    pairs = 0
+    for tap in range(kernel):
+        before = padding - dilation * tap  # wide pixels before that which this tap of n = 0 meets
+        first, end = (-(-pixel // stride) for pixel in (before, before + wide))
+        pairs += max(min(end, narrow) - max(first, 0), 0)
+    return pairs
+
+
 def flop(layer: Layer) -> int:
-    """2 x multiply-adds, alike in all directions: each weight element meets each pixel of the narrow side once."""
-    return 2 * layer.batch * math.prod(layer.size if layer.transposed else layer.out_size) * math.prod(layer.weight)
+    """2 x multiply-adds, alike in all directions: each weight element meets each pixel of the narrow side once, but for
+    those that would meet padding, which are not needed."""
+    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation
+    sides = (layer.size, layer.out_size) if layer.transposed else (layer.out_size, layer.size)
+    pairs = (meetings(narrow, wide, *geometry) for narrow, wide in zip(*sides, strict=True))
+    return 2 * layer.batch * math.prod(layer.weight[:2]) * math.prod(pairs)
 
 
 def byte_count(layer: Layer, dtype: torch.dtype) -> int:
-    """Input, weight and output once each; a skip connection is read and written."""
-    skip = 2 * layer.batch * layer.skip * math.prod(layer.out_size)
+    """Input, weight and output once each; a skip connection is read and written, but for one in place."""
+    skip = 0 if layer.in_place else 2 * layer.batch * layer.skip * math.prod(layer.out_size)
     return dtype.itemsize * (math.prod(layer.x) + math.prod(layer.weight) + math.prod(layer.y) + skip)
 
 
@@ -178,13 +203,36 @@ def reduction(layer: Layer, direction: str) -> int:
     return channels // layer.groups * taps ** len(layer.size)
 
 
+class InPlace:
+    """`up` into what `concatenate` gives, behind the skip that lies there: from its second call on, as when an encoder
+    wrote the skip there, that is all it does. The inputs are the same in every call."""
+
+    def __init__(self, up: Call, concatenate: Call) -> None:
+        self.up, self.concatenate = up, concatenate
+        self.results: dict[Any, Tensor] = {}
+
+    def __call__(self, x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        key = x.dtype, x.shape, x.stride(), x.device
+        # Where memory is poisoned, what an earlier call wrote must not hide what this one leaves out.
+        if key not in self.results or torch.are_deterministic_algorithms_enabled():
+            (self.results[key],) = results_of(self.concatenate(x, skip, weight, bias))
+            self.results[key][:, skip.shape[1] :] = math.nan
+        result = self.results[key]
+        self.up(x, weight, bias, out=result[:, skip.shape[1] :])
+        return result
+
+
 def _forward(layer: Layer) -> tuple[Call, Call]:
     names = ("stride", "padding", "dilation", "groups", *(["output_padding"] if layer.transposed else []))
     options = {name: getattr(layer, name) for name in names}
     ours = partial(getattr(fused_ops, layer.op), **options)
     if layer.skip:
         up = partial(F.conv_transpose2d, **options)
-        return ours, lambda x, skip, weight, bias: torch.cat([skip, up(x, weight, bias)], dim=1)
+
+        def theirs(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return torch.cat([skip, up(x, weight, bias)], dim=1)
+
+        return InPlace(ours, theirs) if layer.in_place else ours, theirs
     return ours, partial(getattr(F, layer.op), **options)
 
 

@@ -20,6 +20,7 @@ from ..models.language.char_rnn import CharRNN
 from ..models.layers import Ops
 from ..models.segmentation.segnet import SegNet, SegNetBasic
 from ..models.segmentation.unet import UNet
+from .bench_conv import meetings
 from .case import Case
 
 VOCABULARY = 65  # characters in tinyshakespeare
@@ -108,7 +109,8 @@ class Step:
         targets = (torch.arange(prod(shape), device=x.device) * 7 // 3 % classes).view(shape)
         function = module
         if self.compiled:
-            torch._dynamo.reset()
+            if not self.state:  # a reset would also drop what was compiled for another layout
+                torch._dynamo.reset()
             function = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
         return function, list(module.parameters()), data, targets
 
@@ -130,6 +132,22 @@ def _logits(output: Any) -> Tensor:
     return output[0].flatten(0, 1) if isinstance(output, tuple) else output
 
 
+def _conv_flop(x, weight, bias, stride, padding, dilation, transposed, *_: Any, out_shape: Any) -> int:
+    """Of a convolution from shape `x` to `out_shape`, without the taps that fall on padding."""
+    sides = (x, out_shape) if transposed else (out_shape, x)
+    axes = zip(*(side[2:] for side in sides), weight[2:], stride, padding, dilation, strict=True)
+    return 2 * x[0] * prod(weight[:2]) * prod(meetings(*axis) for axis in axes)
+
+
+def _conv_backward_flop(grad, x, weight, bias, *geometry: Any, out_shape: Any) -> int:
+    """As much again for each of the gradients by input and weight that is wanted."""
+    *options, wanted = geometry
+    return sum(wanted[:2]) * _conv_flop(x, weight, bias, *options, out_shape=grad)
+
+
+FLOP = {torch.ops.aten.convolution: _conv_flop, torch.ops.aten.convolution_backward: _conv_backward_flop}
+
+
 @lru_cache
 def flop(network: Network) -> int:
     """Of one training step of torch's network, counted on tensors without data."""
@@ -137,7 +155,7 @@ def flop(network: Network) -> int:
         module = network.build(ops="torch")
         text = len(network.size) == 2
         x = torch.zeros(network.size, dtype=torch.long) if text else torch.zeros(network.size)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOP) as counter:
             _logits(module(x)).sum().backward()
     return counter.get_total_flops()
 

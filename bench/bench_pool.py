@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import fused_ops
-from .case import Case
+from .case import Case, Compiled
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def cases(quick: bool, tiny: bool) -> list[Case]:
 def pool_case(layer: Layer, dtype: torch.dtype) -> Case:
     axes, windows = len(layer.size), (layer.kernel, layer.stride, layer.padding)
     ours = getattr(fused_ops, f"max_pool{axes}d_with_offsets")
-    theirs = getattr(F, f"max_pool{axes}d")
+    pool = partial(getattr(F, f"max_pool{axes}d"), return_indices=True)
+    compiled = Compiled(lambda x: pool(x, *windows))  # returns the indices, or they would not be written
     return Case(
         f"max_pool{axes}d_with_offsets",
         "max-pooling with places",
@@ -84,7 +86,8 @@ def pool_case(layer: Layer, dtype: torch.dtype) -> Case:
         bytes=dtype.itemsize * (math.prod(layer.x) + math.prod(layer.y)) + math.prod(layer.y),
         reduction=1,
         ours=lambda x: ours(x, *windows)[0],
-        theirs=lambda x: theirs(x, *windows, return_indices=True)[0],
+        theirs=lambda x: pool(x, *windows)[0],
+        compiled=lambda x: compiled(x)[0],
     )
 
 
@@ -92,15 +95,18 @@ def round_trip_case(layer: Layer, dtype: torch.dtype) -> Case:
     """Pool, and unpool to the same size: SegNet's encoder and decoder at one level."""
     axes, windows = len(layer.size), (layer.kernel, layer.stride, layer.padding)
     pool, unpool = (getattr(fused_ops, f"max_{name}{axes}d_with_offsets") for name in ("pool", "unpool"))
-    torch_pool, torch_unpool = getattr(F, f"max_pool{axes}d"), getattr(F, f"max_unpool{axes}d")
+    torch_pool = partial(getattr(F, f"max_pool{axes}d"), return_indices=True)
+    torch_unpool = partial(getattr(F, f"max_unpool{axes}d"), output_size=layer.size)
+    # Each by itself: in a network other layers lie between them.
+    compiled_pool = Compiled(lambda x: torch_pool(x, *windows))
+    compiled_unpool = Compiled(lambda values, indices: torch_unpool(values, indices, *windows))
 
     def ours(x: Tensor) -> Tensor:
         values, offsets = pool(x, *windows)
         return unpool(values, offsets, layer.size, *windows)
 
     def theirs(x: Tensor) -> Tensor:
-        values, indices = torch_pool(x, *windows, return_indices=True)
-        return torch_unpool(values, indices, *windows, output_size=layer.size)
+        return torch_unpool(*torch_pool(x, *windows), *windows)
 
     return Case(
         f"max_unpool{axes}d_with_offsets",
@@ -115,4 +121,5 @@ def round_trip_case(layer: Layer, dtype: torch.dtype) -> Case:
         reduction=1,
         ours=ours,
         theirs=theirs,
+        compiled=lambda x: compiled_unpool(*compiled_pool(x)),
     )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .timing import Timing
 
-Call = Callable[..., Tensor]
-Measure = Callable[[dict["Variant", Callable[[], Tensor]]], dict["Variant", Timing]]
+Output = Tensor | tuple[Tensor, ...]
+Call = Callable[..., Output]
+Measure = Callable[[dict["Variant", Callable[[], Output]]], dict["Variant", Timing]]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -32,7 +33,7 @@ class Case:
     direction: str  # "forward", "input gradient", "weight gradient" or "forward and backward"
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]  # of the arguments
-    flop: int  # 2 x multiply-adds that are needed; zeros between the pixels of a transposed convolution are not
+    flop: int  # 2 x multiply-adds that are needed; those with padding, or zeros between pixels (X^T), are not
     bytes: int  # every tensor read or written once
     reduction: int | None  # terms in one sum; None where there are many sums
     ours: Call
@@ -51,7 +52,7 @@ class Case:
 
 
 class Compiled:
-    """A call through torch.compile, compiled when it is first used.
+    """A call through torch.compile, compiled when it is first used, and again for inputs in another layout.
 
     Without its own CUDA graphs, which copy the inputs of every call: small cases are replayed from ours.
     """
@@ -60,7 +61,7 @@ class Compiled:
         self.call = call
         self.function: Call | None = None
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Output:
         if self.function is None:
             torch._dynamo.reset()  # the cases share code, and would meet the limit on recompilations
             self.function = torch.compile(lambda *t: self.call(*t), mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -89,9 +90,18 @@ class GateError(Exception):
     """A case's numbers are wrong, so there is nothing to time."""
 
 
-def error_of(y: Tensor, oracle: Tensor, reduction: int | None) -> float:
+def results_of(output: Output) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def error_of(output: Output, oracle: Output, reduction: int | None) -> float:
     """max |y - oracle|, relative to the usual size of a sum of standard normal products, sqrt(reduction); without a
-    reduction relative to the oracle's root mean square."""
+    reduction relative to the oracle's root mean square. Of several results the largest."""
+    pairs = zip(results_of(output), results_of(oracle), strict=True)
+    return max(_error(y, right, reduction) for y, right in pairs)
+
+
+def _error(y: Tensor, oracle: Tensor, reduction: int | None) -> float:
     if y.shape != oracle.shape:
         raise GateError(f"shape {tuple(y.shape)} instead of {tuple(oracle.shape)}")
     scale = math.sqrt(reduction) if reduction else oracle.square().mean().sqrt().item()
@@ -110,10 +120,10 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous(memory_format=FORMATS[tensor.dim()]) if layout == "channels_last" else tensor
 
 
-def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[[], Tensor]]:
+def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[[], Output]]:
     """Every way to compute the case, each with its inputs bound."""
     contiguous = case.inputs(device)
-    calls: dict[Variant, Callable[[], Tensor]] = {}
+    calls: dict[Variant, Callable[[], Output]] = {}
     layouts = ["contiguous"]
     if all(t.dim() in FORMATS or t.dim() == 1 for t in contiguous):
         layouts.append("channels_last")
@@ -122,8 +132,8 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
         calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
         calls[Variant("torch", layout)] = partial(case.theirs, *inputs)
         calls |= {Variant(name, layout): partial(call, *inputs) for name, call in case.rivals.items()}
-    if compiled and case.compiled:
-        calls[Variant("torch.compile", "contiguous")] = partial(case.compiled, *contiguous)
+        if compiled and case.compiled:
+            calls[Variant("torch.compile", layout)] = partial(case.compiled, *inputs)
     return calls
 
 

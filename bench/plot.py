@@ -18,10 +18,17 @@ STYLES = {
     "torch": ("#0072B2", "o"),
     "torch channels_last": ("#E69F00", "s"),
     "torch.compile": ("#009E73", "D"),
+    "torch.compile channels_last": ("#D55E00", "^"),
     "torch, weights apart": ("#CC79A7", "v"),
     "torch, step by step": ("#56B4E9", "P"),
 }
-FAMILIES = {"conv": "convolution", "max": "pooling", "rnn": "recurrence", "network": "networks"}
+FAMILIES = {
+    "conv": "convolution",
+    "atrous": "pyramid",
+    "max": "pooling",
+    "rnn": "recurrence",
+    "network": "networks",
+}
 DIRECTIONS = ("forward", "input gradient", "weight gradient", "forward and backward", "pool and unpool")
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 INK, FAINT = "#333333", "#DDDDDD"

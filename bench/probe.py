@@ -37,7 +37,7 @@ class Probe(NamedTuple):
 @dataclass(frozen=True)
 class Row(Environment):
     """Microseconds for one unit (median, 20th and 80th percentile), rates, and their share of the ceilings in per cent;
-    the kernels that took most of a call."""
+    the algorithm that the names of a call's kernels tell, and those that took most of it."""
 
     probe: str
     name: str
@@ -48,6 +48,7 @@ class Row(Environment):
     gb_per_s: float
     percent_of_matmul: float
     percent_of_copy: float
+    algorithm: str
     kernels: str
 
 
@@ -214,6 +215,7 @@ def run(
                 gb_per_s=probe.bytes / timing.ms / 1e6,
                 percent_of_matmul=1e5 * probe.flop / timing.ms / ceilings.matmul[probe.dtype],
                 percent_of_copy=1e5 * probe.bytes / timing.ms / ceilings.copy,
+                algorithm=timing.algorithm,
                 kernels=timing.kernels,
             )
         )
@@ -232,7 +234,7 @@ def host_overhead(where: Environment) -> list[Row]:
 
 def _host(times: tuple[float, float, float]) -> dict[str, Any]:
     rates = dict.fromkeys(("tflop_per_s", "gb_per_s", "percent_of_matmul", "percent_of_copy"), 0.0)
-    return dict(zip(("us", "us_p20", "us_p80"), times, strict=True)) | rates | {"kernels": ""}
+    return dict(zip(("us", "us_p20", "us_p80"), times, strict=True)) | rates | {"algorithm": "", "kernels": ""}
 
 
 def capabilities() -> list[tuple[str, str, str]]:
@@ -278,10 +280,10 @@ def capabilities_table() -> Table:
 
 def table(rows: list[Row]) -> Table:
     result = Table(title=rows[0].probe)
-    for column in ("what", "us (p20-p80)", "TFLOP/s", "% of matmul", "GB/s", "% of copy", "kernels"):
-        result.add_column(column, justify="left" if column in ("what", "kernels") else "right")
+    for column in ("what", "us (p20-p80)", "TFLOP/s", "% of matmul", "GB/s", "% of copy", "algorithm"):
+        result.add_column(column, justify="left" if column in ("what", "algorithm") else "right")
     for row in rows:
         rates = row.tflop_per_s, row.percent_of_matmul, row.gb_per_s, row.percent_of_copy
         shown = [f"{rate:.0f}" if rate else "" for rate in rates]
-        result.add_row(row.name, f"{row.us:.2f} ({row.us_p20:.2f}-{row.us_p80:.2f})", *shown, row.kernels)
+        result.add_row(row.name, f"{row.us:.2f} ({row.us_p20:.2f}-{row.us_p80:.2f})", *shown, row.algorithm)
     return result

@@ -41,7 +41,8 @@ class Environment:
 class Row(Environment):
     """One variant of one case. Errors: max |y - fp64| / sqrt(length of the sum). MiB at the peak of a call, inputs
     apart. `percent_of_floor` is 100 floor / ms; `speedup` of ours is the fastest baseline's ms / ms, 0 for baselines.
-    `gate` is "green", or what was wrong: then no number of the row is one, and nothing was timed.
+    `gate` is "green", or what was wrong: then no number of the row is one, and nothing was timed. `algorithm` is read
+    from the names of all GPU kernels (`algorithm.algorithm`), `kernels` are the two that took most time.
     """
 
     op: str
@@ -67,6 +68,7 @@ class Row(Environment):
     error: float
     error_torch: float
     gate: str
+    algorithm: str
     kernels: str
 
     @property
@@ -225,6 +227,7 @@ def ratios(rows: Iterable[Row]) -> dict[str, float]:
 def results_table(rows: list[Row]) -> Table:
     table = Table(title="Speed-up: a baseline's time / ours, above 1 where ours is faster; `best` against the fastest")
     columns = ("case", "direction", "dtype", "layout", "ms (p20-p80)", "% of floor", "MiB", "error", "best", "each")
+    columns += ("the fastest baseline's kernels",)
     for column in columns:
         table.add_column(column, justify="right" if column in ("% of floor", "MiB", "best") else "left")
     for of_case in by_case(rows).values():
@@ -232,9 +235,10 @@ def results_table(rows: list[Row]) -> Table:
         if ours is None:
             row = of_case[0]
             table.add_row(
-                f"{row.op} {row.name}", row.direction, row.dtype, "", "", "", "", "", "", f"[red]{row.gate}[/]"
+                f"{row.op} {row.name}", row.direction, row.dtype, "", "", "", "", "", "", f"[red]{row.gate}[/]", ""
             )
             continue
+        fastest = min((row for row in of_case if row.variant != OURS), key=lambda row: row.ms)
         table.add_row(
             f"{ours.op} {ours.name}",
             ours.direction,
@@ -246,8 +250,15 @@ def results_table(rows: list[Row]) -> Table:
             f"{ours.error:.1e}",
             f"[{'green' if ours.speedup >= 1 else 'red'}]{ours.speedup:.2f}[/]",
             ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios(of_case).items()),
+            _first(fastest.algorithm),
         )
     return table
+
+
+def _first(algorithm: str, most: int = 4) -> str:
+    """The labels that took most time: a whole network has dozens."""
+    labels = algorithm.split("; ")
+    return "; ".join([*labels[:most], *(["…"] if len(labels) > most else [])])
 
 
 def slower_table(old: list[Row], new: list[Row]) -> Table:

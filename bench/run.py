@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench_conv, bench_networks, bench_pool, bench_rnn, probe, report, tune
+from . import bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
 from .case import Case, run_case
 from .timing import GRAPH_BELOW, measure, measure_ceilings
 
-BENCHES = (bench_conv, bench_pool, bench_rnn, bench_networks)
+BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_rnn, bench_networks)
 REPEATS = 100
 QUICK_REPEATS = 25
 PROBE_REPEATS = 15
@@ -133,8 +133,7 @@ def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
             console.print("[yellow]Out of time: the remaining cases were not tried.[/]")
             break
         measured = (lambda calls: measure(calls, QUICK_REPEATS, graph=False)) if gpu else None
-        configs = tune.candidates(case, tiny=not gpu)
-        new = tune.tune(case, "cuda" if gpu else "cpu", layout, configs, measured)
+        new = tune.tune(case, "cuda" if gpu else "cpu", layout, measured)
         console.print(tune.table(new))
         rows += new
         if path:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .algorithm import algorithm
+
 Key = TypeVar("Key")
 Calls = Mapping[Key, Callable[[], Any]]
 
@@ -20,13 +22,15 @@ FEWEST = 7
 
 class Timing(NamedTuple):
     """Milliseconds (median, 20th and 80th percentile), MiB that a call allocates at its peak, inputs apart, whether a
-    CUDA graph was replayed, and the GPU kernels that took most of it, with how often each ran."""
+    CUDA graph was replayed, the algorithm that the names of its GPU kernels tell, and the two kernels that took most of
+    it, with how often each ran."""
 
     ms: float
     ms_p20: float
     ms_p80: float
     peak_mib: float
     replayed: str = "no"
+    algorithm: str = ""
     kernels: str = ""
 
 
@@ -69,13 +73,13 @@ def _replays(calls: Calls, graph: bool) -> tuple[dict[Any, Callable[[], Any]], b
     return dict(calls), False
 
 
-def kernel_names(call: Callable[[], Any]) -> str:
-    """The two GPU kernels that take most of a call: this is how cuDNN's choice of an algorithm shows."""
+def kernels_of(call: Callable[[], Any]) -> list[tuple[int, str]]:
+    """How often each GPU kernel of a call ran, and its name; those that took most time first."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return "; ".join(f"{event.count} x {event.key[:80]}" for event in events[:2])
+    events = [event for event in profiler.key_averages() if event.self_device_time_total]
+    return [(event.count, event.key) for event in sorted(events, key=lambda event: -event.self_device_time_total)]
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -105,11 +109,11 @@ def measure(calls: Calls, repeats: int, graph: bool) -> dict[Any, Timing]:
 
     With `graph`, CUDA graphs of the calls are replayed where all of them can be captured.
     """
-    peaks, names = {}, {}
+    peaks, kernels = {}, {}
     for key, call in calls.items():
         for _ in range(WARM_UP):
             call()
-        peaks[key], names[key] = _peak_mib(call), kernel_names(call)
+        peaks[key], kernels[key] = _peak_mib(call), kernels_of(call)
     replays, replayed = _replays(calls, graph)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -125,7 +129,8 @@ def measure(calls: Calls, repeats: int, graph: bool) -> dict[Any, Timing]:
             *quantiles([start.elapsed_time(end) for start, end in (events[key] for events in rounds)]),
             peaks[key],
             "yes" if replayed else "no",
-            names[key],
+            algorithm(kernels[key]),
+            "; ".join(f"{count} x {name[:80]}" for count, name in kernels[key][:2]),
         )
         for key in calls
     }

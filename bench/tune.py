@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +16,16 @@ from rich.table import Table
 from torch import Tensor
 
 from ..kernels.conv import launch as conv_launch
+from ..kernels.conv import pyramid as conv_pyramid
+from ..kernels.conv import zones
 from ..kernels.conv.config import ConvConfig
+from ..kernels.depthwise import launch as depthwise_launch
+from ..kernels.depthwise.config import DepthwiseConfig
 from ..kernels.pool import launch as pool_launch
 from ..kernels.pool.config import PoolConfig
 from ..kernels.rnn import launch as rnn_launch
 from ..kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig
-from .case import FORMATS, Case, GateError, Measure, Variant, epsilon, error_of, in_layout
+from .case import FORMATS, Case, GateError, Measure, Output, Variant, epsilon, error_of, in_layout
 from .report import commit, name_of
 
 SHIPPED = "as shipped"
@@ -31,12 +37,6 @@ CONV = [
     for num_warps in (4, 8)
     for num_stages in (2, 3, 4)
     if block_m * block_n >= 32 * 32 * num_warps // 4
-]
-POOL = [
-    PoolConfig(block, num_warps)
-    for block in (128, 256, 512, 1024)
-    for num_warps in (1, 2, 4, 8)
-    if block >= 32 * num_warps
 ]
 TINY_CONV = [ConvConfig(16, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1), ConvConfig(16, 32, 32, 4, 1)]
 
@@ -50,36 +50,139 @@ def _rnn(hidden: int) -> list[RnnConfig]:
     return resident + sharded + stepwise
 
 
-def candidates(case: Case, tiny: bool) -> list[Any]:
-    """Configurations to try for a case; `tiny`: a few, for the interpreter, where no program waits for another."""
-    if case.op.startswith("conv"):
-        return TINY_CONV if tiny else CONV
-    if case.op.startswith("max"):
-        return POOL[:2] if tiny else POOL
-    if case.op.startswith("rnn"):
-        every = _rnn(case.shapes[3][-1])  # of W_hh
-        return [c for c in every if c.regime != SHARDED][::12] if tiny else every
-    return []
+def _pool(shipped: PoolConfig) -> list[PoolConfig]:
+    return [
+        PoolConfig(block, num_warps, unroll)
+        for block in (128, 256, 512, 1024)
+        for num_warps in (1, 2, 4, 8)
+        for unroll in sorted({1, shipped.unroll})
+        if block >= 32 * num_warps
+    ]
 
 
-@contextmanager
-def forced(config: Any) -> Iterator[None]:
-    """Within, every launch takes this configuration. Kept plans are dropped before and after."""
-    module: Any = {ConvConfig: conv_launch, PoolConfig: pool_launch, RnnConfig: rnn_launch}[type(config)]
-    chosen: Callable[..., Any] = module.choose_config
-    kept = [value for value in vars(module).values() if hasattr(value, "cache_clear")]
+def _depthwise(shipped: DepthwiseConfig, stride: int) -> list[DepthwiseConfig]:
+    """Other lanes and columns of a lane, which for X^T stay a multiple of the stride; and each other choice alone."""
+    lanes = shipped.rows * shipped.cols
+    tiles = [
+        replace(shipped, u=u, rows=total // cols, cols=cols, num_warps=num_warps)
+        for u in ([stride * n for n in (1, 2, 4)] if shipped.window else [1])
+        for total in (lanes // 2, lanes, 2 * lanes)
+        for cols in sorted({8, 32, 128, shipped.cols})
+        for num_warps in (2, 4, 8)
+        if total >= cols
+    ]
+    alone = [{"unroll": 1}, {"tap_rows": 1}, {"window": False, "u": 1, "tap_rows": 1, "unroll": 1}]
+    every = dict.fromkeys([*(replace(shipped, **options) for options in alone), *tiles])
+    return [config for config in every if config != shipped]
+
+
+@dataclass(frozen=True)
+class Zones:
+    """Whether a convolution goes over validity zones, wherever there are any, or over plain tiles, a pyramid branch by
+    branch: the evidence behind `zones.WORTH`."""
+
+    zones: bool
+
+
+class NoZonesError(Exception):
+    """A launch that should have gone over zones went over tiles all the same: there are none, or too many."""
+
+
+class Asked(NamedTuple):
+    """A choice that a launch asked for: the arguments by name, and the configuration that ships."""
+
+    arguments: dict[str, Any]
+    config: Any
+
+
+FAMILIES: dict[type, tuple[Any, ...]] = {
+    ConvConfig: (conv_launch, conv_pyramid),
+    DepthwiseConfig: (depthwise_launch,),
+    PoolConfig: (pool_launch,),
+    RnnConfig: (rnn_launch,),
+}
+
+
+def candidates(case: Case, asked: Sequence[Asked], tiny: bool) -> list[Any]:
+    """Configurations to try for a case whose launches asked for these; `tiny`: a few, for the interpreter, where no
+    program waits for another. None for whole networks, whose layers each have their own."""
+    if case.op == "network" or not asked:
+        return []
+    first = asked[0]
+    if isinstance(first.config, ConvConfig):
+        either = [Zones(True), Zones(False)] if case.direction != "weight gradient" else []
+        return either + (TINY_CONV if tiny else CONV)
+    if isinstance(first.config, DepthwiseConfig):
+        every = _depthwise(first.config, first.arguments["stride"])
+        return every[:3] + every[3::16] if tiny else every
+    if isinstance(first.config, PoolConfig):
+        every = _pool(first.config)
+        return every[:2] if tiny else every
+    every = _rnn(case.shapes[3][-1])  # of W_hh
+    return [c for c in every if c.regime != SHARDED][::12] if tiny else every
+
+
+@contextlib.contextmanager
+def changed(modules: Sequence[Any], **attributes: Any) -> Iterator[None]:
+    """Within, these attributes of the modules that have them are others. Kept plans are dropped before and after."""
+    before = [
+        (module, name, getattr(module, name)) for module in modules for name in attributes if hasattr(module, name)
+    ]
+    kept = [value for module in modules for value in vars(module).values() if hasattr(value, "cache_clear")]
     for plans in kept:
         plans.cache_clear()
-    module.choose_config = lambda *_, **__: config
+    for module, name, _ in before:
+        setattr(module, name, attributes[name])
     try:
         yield
     finally:
-        module.choose_config = chosen
+        for module, name, value in before:
+            setattr(module, name, value)
         for plans in kept:
             plans.cache_clear()
 
 
-@contextmanager
+@contextlib.contextmanager
+def noting(asked: list[Asked]) -> Iterator[None]:
+    """Within, what the launches' choices are asked and answer is added to `asked`."""
+    modules = [module for family in FAMILIES.values() for module in family]
+
+    def noted(choose: Any) -> Any:
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            config = choose(*args, **kwargs)
+            asked.append(Asked(dict(inspect.signature(choose).bind(*args, **kwargs).arguments), config))
+            return config
+
+        return chosen
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(changed([module], choose_config=noted(module.choose_config)))
+        yield
+
+
+@contextlib.contextmanager
+def forced(config: Any) -> Iterator[None]:
+    """Within, every launch takes this configuration. Raises NoZonesError where none went over zones and should have."""
+    if not isinstance(config, Zones):
+        with changed(FAMILIES[type(config)], choose_config=lambda *_, **__: config):
+            yield
+        return
+    taken: list[bool] = []
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        taken.append(True)
+        return shipped(*args, **kwargs)
+
+    shipped = conv_launch.zones_plan
+    settings = {"WORTH": math.inf} if config.zones else {"MOST_ROWS": 0}
+    with changed((zones, conv_launch, conv_pyramid), zones_plan=plan, **settings):
+        yield
+    if config.zones and not taken:
+        raise NoZonesError
+
+
+@contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Within, torch.empty gives NaN: what a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,30 +221,37 @@ def _words(config: Any) -> str:
     return SHIPPED if config is None else " ".join(f"{name}={value}" for name, value in asdict(config).items())
 
 
-def tune(case: Case, device: str, layout: str, configs: list[Any], measure: Measure | None) -> list[Row]:
+def tune(case: Case, device: str, layout: str, measure: Measure | None) -> list[Row]:
     """The case with the shipped choice and with every candidate: checked on poisoned memory, then timed alone."""
     contiguous = case.inputs(device)
     oracle = case.theirs(*(t.double() for t in contiguous))
     inputs = [t if t.dim() == 1 else in_layout(t, layout) for t in contiguous]
     limit = 2 * error_of(case.theirs(*inputs), oracle, case.reduction) + epsilon(case.dtype, device)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none: interpreted"
-    rows = []
-    for config in [None, *configs]:
+
+    def row(config: Any) -> Row | None:
         error = ms = p20 = p80 = 0.0
         try:
             error, timing = _try(case, inputs, oracle, limit, config, measure)
             verdict = "right"
             if timing:
                 ms, p20, p80, *_ = timing
+        except NoZonesError:
+            return None
         except Exception as problem:  # too large for the GPU, or wrong: the table says so
             verdict = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         words = layout, _words(config), verdict
         times: Any = (error, ms, p20, p80)
-        rows.append(Row(gpu, triton.__version__, commit(), *_names(case), *words, *times))
-    return rows
+        return Row(gpu, triton.__version__, commit(), *_names(case), *words, *times)
+
+    asked: list[Asked] = []
+    with noting(asked):
+        rows = [row(None)]
+    rows += map(row, candidates(case, asked, tiny=device == "cpu"))
+    return [each for each in rows if each]
 
 
-def _try(case: Case, inputs: list[Tensor], oracle: Tensor, limit: float, config: Any, measure: Measure | None):
+def _try(case: Case, inputs: list[Tensor], oracle: Output, limit: float, config: Any, measure: Measure | None):
     if config is not None:
         with forced(config):
             return _try(case, inputs, oracle, limit, None, measure)

@@ -58,9 +58,14 @@ def kernel_path(tensor: torch.Tensor) -> Path:
 T = TypeVar("T", Tensor, Tensor | None)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; it raises for devices that it does not know, such as meta."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(tensor: T, device_type: str) -> T:
     """The tensor in autocast's dtype where autocast is on: as torch, any floating one but fp64."""
-    if tensor is None or not torch.is_autocast_enabled(device_type):
+    if tensor is None or not autocasts(device_type):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor

@@ -36,7 +36,11 @@ def _watched() -> bool:
 
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether no argument wants a gradient, forward or backward, and none is more than a tensor."""
+    """Whether no argument wants a gradient, forward or backward, and none is more than a tensor in memory.
+
+    A tensor may stand for its negative (`conj().imag` does), or for zeros that lie nowhere: the dispatcher makes
+    ordinary ones of them.
+    """
     if forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
@@ -44,6 +48,8 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
         if isinstance(argument, Tensor) and (
             (type(argument) is not Tensor and type(argument) is not torch.nn.Parameter)
             or (grad and argument.requires_grad)
+            or argument.is_neg()
+            or argument._is_zerotensor()
         ):
             return False
     return True
@@ -69,6 +75,24 @@ def differentiable(
         if _is_plain(arguments) and not _watched():
             return implementation(*arguments)
         return function(*arguments)
+
+    return call
+
+
+def mutating(library: torch.library.Library, name: str, implementation: Callable[..., None]) -> Callable[..., None]:
+    """Register `implementation`, which writes into one of its arguments, as backstride::<name> for the CPU and CUDA.
+
+    Returns what this package calls, which goes past the dispatcher where `differentiable` does.
+    """
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
+    op = getattr(torch.ops.backstride, name).default
+
+    def call(*arguments: Any) -> None:
+        if torch.compiler.is_compiling() or not _is_plain(arguments) or _watched():
+            op(*arguments)
+        else:
+            implementation(*arguments)
 
     return call
 

@@ -37,10 +37,33 @@ def check(backend, dynamic, sizes):
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)
 
 
+def fill(buffer, x, weight, up):
+    """Both halves of a concat in place, what they are added to, and a read of what is there then."""
+    fused.conv2d(x, weight, padding=1, activation="relu", out=buffer[:, :4])
+    right = buffer[:, 4:]
+    fused.conv_transpose2d(buffer[:, :4, ::2, ::2], up, stride=2, residual=right, out=right)
+    return buffer * 2
+
+
+def check_out(backend, dynamic, sizes):
+    torch._dynamo.reset()
+    compiled = torch.compile(fill, fullgraph=True, dynamic=dynamic, backend=backend)
+    weight, up = torch.randn(4, 3, 3, 3), torch.randn(4, 2, 2, 2)
+    for size in sizes:
+        x = torch.randn(2, 3, size, size)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            eager = torch.randn(2, 6, size, size).to(memory_format=memory_format)
+            traced = eager.clone()
+            torch.testing.assert_close(compiled(traced, x, weight, up), fill(eager, x, weight, up))
+            torch.testing.assert_close(traced, eager)
+
+
 if __name__ == "__main__":
     check("aot_eager", False, [8])
     check("aot_eager", True, [8, 12])
     check("inductor", False, [8])
+    check_out("aot_eager", True, [4, 6])
+    check_out("inductor", False, [4])
     with torch.autocast("cpu", torch.bfloat16):
         x = torch.randn(1, 3, 8, 8)
         net = fused.Conv2d(3, 4, 3)

@@ -25,7 +25,10 @@ def rows_of(case, ours, **others):
     floor = 1e3 * timing.ASSUMED.floor(case.flop, case.bytes, case.dtype)
     times = {Variant("ours", "contiguous"): ours, Variant("torch", "contiguous"): others.pop("torch")}
     times |= {Variant("torch", layout): ms for layout, ms in others.items()}
-    timings = {v: Timing(floor * ms, floor * ms * 0.99, floor * ms * 1.02, 1.0) for v, ms in times.items()}
+    timings = {
+        v: Timing(floor * ms, floor * ms * 0.99, floor * ms * 1.02, 1.0, algorithm=f"{v.layout} GEMM; b; c; d; e")
+        for v, ms in times.items()
+    }
     return report.rows_of(case, Result(dict.fromkeys(timings, 1e-3), timings), timing.ASSUMED, WHERE)
 
 
@@ -52,6 +55,7 @@ def test_ratios_are_to_each_baseline_and_the_best(rows):
     assert of_case[0].percent_of_floor == pytest.approx(80.0)
     text = printed(report.results_table(of_case))
     assert "2.00" in text and "torch 4.00, torch channels_last 2.00" in text
+    assert "channels_last GEMM; b; c; d; …" in text and "contiguous GEMM" not in text  # the fastest baseline's
 
 
 def test_a_failed_check_shows_no_speed(rows):

@@ -267,6 +267,19 @@ def test_per_sample_gradients_ensembles_and_hessians(name, device):
     torch.testing.assert_close(*hessians, rtol=1e-3, atol=1e-3)
 
 
+def test_tensors_that_are_not_in_memory_as_they_are():
+    """Calls without gradients go past the dispatcher, which turns negatives and missing zeros into ordinary tensors."""
+    x, w = torch.randn(1, 4, 6, dtype=torch.complex64), torch.randn(3, 4, 3)
+    negative = x.conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(fused.conv1d(negative, w), nn.functional.conv1d(negative, w))
+    weight = w.to(torch.complex64).mul(1j).conj().imag
+    torch.testing.assert_close(fused.conv1d(x.real, weight), nn.functional.conv1d(x.real, weight))
+    torch.testing.assert_close(fused.max_pool1d(negative, 2), nn.functional.max_pool1d(negative, 2))
+    zeros = torch._efficientzerotensor((1, 4, 6))
+    assert not fused.conv1d(zeros, w).any()
+
+
 def test_vmap_of_the_concatenation(device):
     x, skip, w = torch.randn(3, 1, 2, 2, 2), torch.randn(3, 1, 1, 4, 4), torch.randn(3, 2, 2, 2, 2)
     x, skip, w = x.to(device), skip.to(device), w.to(device)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import depthwise
-from ..dispatch import ATEN, REFUSED, Path, autocast, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, autocast, autocasts, explained_by, kernel_path
 from . import ops
+from . import out as given
 
 IntOrTuple = int | Sequence[int]
 
@@ -33,6 +34,11 @@ class _Call(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The result's."""
+        return (*((self.x.shape[0],) if self.batched else ()), self.channels, *self.output_size)
 
 
 # Whether there is a batch axis, channels of the output, and its size, stride, padding and dilation.
@@ -203,7 +209,13 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
 
     def plan(**arguments: Any) -> Path:
         call, path = _plan(bind, axes, *(arguments[name] for name in names))
-        note = ops.launch_note(bind is _bind_transposed, call.x, arguments["weight"], *call[3:]) if call else ""
+        if call is None:
+            return path
+        out = arguments.get("out")
+        if out is not None:
+            given.check_shape(out, call.shape)
+            out = out if call.batched else out.unsqueeze(0)
+        note = ops.launch_note(bind is _bind_transposed, call.x, arguments["weight"], *call[3:], out=out)
         return Path(path.name, f"{path.reason}; {note}") if note else path
 
     return plan
@@ -235,31 +247,43 @@ def _finish_aten(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
 def _run(
     bind: Callable[..., _Call],
     op: Callable[..., Tensor],
+    into: Callable[..., None],
     axes: int,
     function: Callable[..., Tensor],
     arguments: tuple[Any, ...],
     activation: str | None,
     residual: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
-    """`op` with the checked arguments where kernels run, else torch's `function` with the arguments as they are."""
+    """`op`, or `into` for an `out`, with the checked arguments where kernels run, else torch's `function` with the
+    arguments as they are."""
     relu = _is_relu(activation)
+    if out is not None:
+        given.check_mode(function.__name__, (*arguments[:3], residual, out))
     call = _call(bind, axes, arguments)
     if call is None:
-        return _finish_aten(function(*arguments), relu, residual)
+        y = _finish_aten(function(*arguments), relu, residual)
+        return y if out is None else given.copy_into(out, y, *arguments[:3], residual=residual)
     x, (weight, bias) = call.x, arguments[1:3]
-    if torch.is_autocast_enabled(device := x.device.type):
+    if autocasts(device := x.device.type):
         x, weight = autocast(x, device), autocast(weight, device)
         bias, residual = autocast(bias, device), autocast(residual, device)
     if residual is not None:
-        batch = (x.shape[0],) if call.batched else ()
-        _check_residual(residual, (*batch, call.channels, *call.output_size), x.dtype)
+        _check_residual(residual, call.shape, x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
+    if out is not None:
+        given.check(out, call.shape, x.dtype, x.device)
+        # What stands for its negative can't be written as it lies.
+        if torch.compiler.is_compiling() or not out.is_neg():
+            into(x, weight, bias, residual, *call[4:], relu, out if call.batched else out.unsqueeze(0))
+            return out
     y = op(x, weight, bias, residual, *call[3:], relu)
-    return y if call.batched else y.squeeze(0)
+    y = y if call.batched else y.squeeze(0)
+    return y if out is None else out.copy_(y)
 
 
-_conv = partial(_run, _bind_conv, ops.conv)
-_conv_transpose = partial(_run, _bind_transposed, ops.conv_transpose)
+_conv = partial(_run, _bind_conv, ops.conv, given.conv_out)
+_conv_transpose = partial(_run, _bind_transposed, ops.conv_transpose, given.conv_transpose_out)
 
 
 @explained_by(_planner(_bind_conv, 1))
@@ -274,10 +298,11 @@ def conv1d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """1-D convolution: `conv2d` with one axis. Input (N, C, L) or (C, L), weight (K, C / groups, kernel)."""
     arguments = (input, weight, bias, stride, padding, dilation, groups)
-    return _conv(1, F.conv1d, arguments, activation, residual)
+    return _conv(1, F.conv1d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_conv, 2))
@@ -292,6 +317,7 @@ def conv2d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """2-D convolution, as `torch.nn.functional.conv2d`, with an epilogue.
 
@@ -304,11 +330,15 @@ def conv2d(
     Args:
         activation: None or "relu".
         residual: tensor of the output's shape and dtype, added before the activation.
+        out: tensor of the output's shape, dtype and device that the result is written into, and that is returned. It
+            may be any slice, such as ``buffer[:, :64]``; the rest of the buffer stays as it is. It may be the residual
+            too, but share no memory with what else is read. Without gradients, as torch's out= is.
 
-    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation or residual.
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation, residual or out;
+    RuntimeError for an out that is also read, and, as torch's, for one with gradients or under vmap.
     """
     arguments = (input, weight, bias, stride, padding, dilation, groups)
-    return _conv(2, F.conv2d, arguments, activation, residual)
+    return _conv(2, F.conv2d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_conv, 3))
@@ -323,10 +353,11 @@ def conv3d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """3-D convolution: `conv2d` with three axes. Input (N, C, D, H, W), weight (K, C / groups, kD, kH, kW)."""
     arguments = (input, weight, bias, stride, padding, dilation, groups)
-    return _conv(3, F.conv3d, arguments, activation, residual)
+    return _conv(3, F.conv3d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_transposed, 1))
@@ -342,10 +373,11 @@ def conv_transpose1d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """1-D transposed convolution: `conv_transpose2d` with one axis. Input (N, C, L), weight (C, K / groups, kernel)."""
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(1, F.conv_transpose1d, arguments, activation, residual)
+    return _conv_transpose(1, F.conv_transpose1d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_transposed, 2))
@@ -361,6 +393,7 @@ def conv_transpose2d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """2-D transposed convolution, as `torch.nn.functional.conv_transpose2d`, with an epilogue.
 
@@ -376,11 +409,15 @@ def conv_transpose2d(
         output_padding: rows and columns added at the end only, below max(stride, dilation).
         activation: None or "relu".
         residual: tensor of the output's shape and dtype, added before the activation.
+        out: tensor of the output's shape, dtype and device that the result is written into, and that is returned. It
+            may be any slice, such as ``buffer[:, :64]``; the rest of the buffer stays as it is. It may be the residual
+            too, but share no memory with what else is read. Without gradients, as torch's out= is.
 
-    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation or residual.
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation, residual or out;
+    RuntimeError for an out that is also read, and, as torch's, for one with gradients or under vmap.
     """
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(2, F.conv_transpose2d, arguments, activation, residual)
+    return _conv_transpose(2, F.conv_transpose2d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_transposed, 3))
@@ -396,10 +433,11 @@ def conv_transpose3d(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """3-D transposed convolution: `conv_transpose2d` with three axes. Weight (C, K / groups, kD, kH, kW)."""
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(3, F.conv_transpose3d, arguments, activation, residual)
+    return _conv_transpose(3, F.conv_transpose3d, arguments, activation, residual, out)
 
 
 @explained_by(_planner(_bind_transposed, 2))
@@ -438,7 +476,7 @@ def conv_transpose2d_concat(
         _check_skip(skip, (*up.shape[:-3], *up.shape[-2:]), up.dtype)
         return torch.cat([skip, up], dim=-3)
     x = call.x
-    if torch.is_autocast_enabled(device := x.device.type):
+    if autocasts(device := x.device.type):
         x, skip = autocast(x, device), autocast(skip, device)
         weight, bias = autocast(weight, device), autocast(bias, device)
     batch = (x.shape[0],) if call.batched else ()

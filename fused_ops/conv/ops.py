@@ -127,11 +127,25 @@ def _forward(
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).contiguous(memory_format=memory_format(x, weight))
     y = _empty_result(transposed, x, weight, output_size, groups)
-    family = kernels_for(weight.shape, groups)
-    launch = family.apply_transposed if transposed else family.apply
     residual = None if residual is None else with_strides_of(y, residual)
-    launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
+    _launch(transposed, x, weight, bias, residual, y, geometry, relu)
     return y
+
+
+def _launch(
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    relu: bool,
+) -> None:
+    """Write the result into `y`, any slice of a tensor, whose strides the residual has."""
+    family = kernels_for(weight.shape, geometry.groups)
+    launch = family.apply_transposed if transposed else family.apply
+    launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
 
 
 def launch_note(
@@ -143,10 +157,11 @@ def launch_note(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    out: Tensor | None = None,
 ) -> str:
     """What is special about the launch that these arguments get, for `explain`."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    y = _empty_result(transposed, x.to("meta"), weight.to("meta"), output_size, groups)
+    y = _empty_result(transposed, x.to("meta"), weight.to("meta"), output_size, groups) if out is None else out
     return kernels.describe(transposed, x, weight, y, geometry, tf32=_tf32(x))
 
 
@@ -206,8 +221,7 @@ def _conv_transpose_concat(
     y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
     y[:, : skip.shape[1]].copy_(skip)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    launch = kernels_for(weight.shape, groups).apply_transposed
-    launch(x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu=relu, tf32=_tf32(x))
+    _launch(True, x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu)
     return y
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import conv as kernels
-from ..dispatch import ATEN, Path, autocast, explained_by, kernel_path
+from ..dispatch import ATEN, Path, autocast, autocasts, explained_by, kernel_path
 from . import batching, ops
 from .functional import _is_relu
 from .ops import library, registered
@@ -246,7 +246,7 @@ def atrous_pyramid(
     """
     relu = _is_relu(activation)
     device = input.device.type if isinstance(input, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         input, weights = autocast(input, device), [autocast(weight, device) for weight in weights]
         biases = None if biases is None else [autocast(bias, device) for bias in biases]
     flat = _check(input, weights, biases, dilations)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import ATEN, REFUSED, Path, autocast, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, autocast, autocasts, explained_by, kernel_path
 from . import ops
 from .rows import first_rows, offsets_of
 
@@ -97,7 +97,7 @@ def _batch(call: Call) -> int:
 
 def _cast(call: Call) -> Call:
     device = call.input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return call
     return call._replace(
         input=autocast(call.input, device),

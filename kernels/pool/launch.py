@@ -11,12 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, Plan, device_guard, three
+from ..runtime import Plan, device_guard, three
 from .config import choose_config
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
 
-UNROLLED_TAPS = 27  # unmeasured: taps that unroll without too much code
-INTERPRETED_BLOCK = 4096  # the interpreter's time goes by programs, not by their size
 ALIGNED = 16  # elements
 
 
@@ -52,14 +50,13 @@ def constants_of(windows: Windows, result: torch.Tensor, read: torch.Tensor, ind
 def block_constants(taps: int) -> dict[str, Any]:
     """The configuration's."""
     config = choose_config(taps)
-    return {"BLOCK": INTERPRETED_BLOCK if INTERPRETED else config.block, "num_warps": config.num_warps}
+    return {"BLOCK": config.block, "num_warps": config.num_warps}
 
 
 def reduction_constants(windows: Windows, result: torch.Tensor) -> dict[str, Any]:
     """Those of the kernels that go over all taps."""
-    taps = math.prod(windows.kernel)
     return {
-        "UNROLL": taps if taps <= UNROLLED_TAPS else 1,
+        "UNROLL": choose_config(math.prod(windows.kernel)).unroll,
         "ACC": tl.float64 if result.dtype == torch.float64 else tl.float32,
     }
 

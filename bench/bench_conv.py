@@ -52,7 +52,8 @@ class Layer:
         if self.skip:
             return f"up-convolution into the concatenation, skip {'in place' if self.in_place else 'copied'}"
         if self.groups > 1:
-            return f"{'transposed ' if self.transposed else ''}convolution, depthwise"
+            kind = "depthwise" if self.groups == self.channels else "grouped"
+            return f"{'transposed ' if self.transposed else ''}convolution, {kind}"
         if self.transposed:
             return f"transposed convolution, kernel {'=' if self.kernel == self.stride else '>'} stride"
         return "convolution, dilated" if self.dilation > 1 else "convolution, dense"
@@ -82,7 +83,7 @@ class Layer:
         """The same kind of geometry on few pixels and channels, with stride at most 4, for the interpreter."""
         scale = max(1, self.stride // 4)
         groups = min(self.groups, 3)
-        channels, out_channels = (groups if self.groups > 1 else min(c, 5) for c in (self.channels, self.out_channels))
+        channels, out_channels = (groups * min(c // self.groups, 5) for c in (self.channels, self.out_channels))
         least = 2 if self.transposed else max(3, self.dilation * (self.kernel - 1) + 2 - 2 * self.padding)
         size = tuple(min(i, least) for i in self.size)
         skip = min(self.skip, 3)
@@ -152,6 +153,10 @@ LAYERS = [
     Up("HiFi-GAN up 64", 16, 64, 32, (4096,), 4, 2, 1),
     Layer("HiFi-GAN residual k11 d5", 16, 64, 64, (8192,), 11, 1, 25, 5, quick=True),
     Up("Oobleck up 1024", 1, 1024, 512, (2048,), 12, 6, 3),
+    *[
+        Layer(f"ResNeXt-50 32x4d, groups of {c}", 32, 32 * c, 32 * c, (size, size), 3, 1, 1, groups=32, quick=c == 4)
+        for c, size in ((4, 56), (8, 28), (16, 14), (32, 7))
+    ],
     Layer("short convolution k4, depthwise", 1, 12288, 12288, (16387,), 4, groups=12288),
     Up("nnU-Net up 320", 2, 320, 256, (8, 8, 8), 2, 2),
     Up("nnU-Net up 128", 2, 128, 64, (32, 32, 32), 2, 2, quick=True),

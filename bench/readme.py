@@ -19,6 +19,7 @@ REGIMES = {
     "convolution, dense": "convolution, dense",
     "convolution, dilated": "convolution, dilated",
     "convolution, depthwise": "convolution, depthwise",
+    "convolution, grouped": "convolution, groups of 4 to 32 channels",
     "transposed convolution, kernel = stride": "transposed convolution, kernel = stride",
     "transposed convolution, kernel > stride": "transposed convolution, kernel > stride",
     "transposed convolution, depthwise": "transposed convolution, depthwise",

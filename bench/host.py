@@ -92,6 +92,7 @@ def calls(device: str) -> dict[str, Pair]:
     offsets = fused_ops.indices_to_offsets(indices, (8, 8), 2)
     ours_rnn, torch_rnn = fused_ops.RNN(8, 16).to(device), torch.nn.RNN(8, 16).to(device)
     steps = randn(4, 2, 8)
+    beside_skip = randn(1, 16, 16, 16)[:, 8:]
     ours = fused_ops
     return {
         "conv1d": (lambda: ours.conv1d(x1, w1, bias, 1, 1), lambda: F.conv1d(x1, w1, bias, 1, 1)),
@@ -100,6 +101,10 @@ def calls(device: str) -> dict[str, Pair]:
         "conv_transpose2d": (
             lambda: ours.conv_transpose2d(x2, up, bias, 2),
             lambda: F.conv_transpose2d(x2, up, bias, 2),
+        ),
+        "conv_transpose2d_out": (
+            lambda: ours.conv_transpose2d(x2, up, bias, 2, out=beside_skip),
+            lambda: beside_skip.copy_(F.conv_transpose2d(x2, up, bias, 2)),
         ),
         "conv_transpose2d_concat": (
             lambda: ours.conv_transpose2d_concat(x2, skip, up, bias, 2),

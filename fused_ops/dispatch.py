@@ -36,6 +36,7 @@ ON_GPU = {dtype: Path(KERNEL, f"{dtype} on cuda") for dtype in GPU_DTYPES}
 ON_INTERPRETER = {
     dtype: Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1") for dtype in INTERPRETER_DTYPES
 }
+ON_CPU = Path(ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels")
 REFUSED = Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
 
 
@@ -49,7 +50,7 @@ def kernel_path(tensor: torch.Tensor) -> Path:
     if device != "cpu":
         return Path(ATEN, f"no kernels for device {device}")
     if not INTERPRETED:
-        return Path(ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels")
+        return ON_CPU
     if dtype in ON_INTERPRETER:
         return ON_INTERPRETER[dtype]
     return Path(ATEN, f"no kernel for {dtype}")
@@ -58,14 +59,16 @@ def kernel_path(tensor: torch.Tensor) -> Path:
 T = TypeVar("T", Tensor, Tensor | None)
 
 
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on; it raises for devices that it does not know, such as meta."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; there is none for meta, and torch's own question raises."""
+    if not torch._C._is_any_autocast_enabled():  # the common case, quickly
+        return False
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def autocast(tensor: T, device_type: str) -> T:
-    """The tensor in autocast's dtype where autocast is on: as torch, any floating one but fp64."""
-    if tensor is None or not autocasts(device_type):
+    """The tensor in the device's autocast dtype where autocast is on: as torch, any floating one but fp64."""
+    if tensor is None or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 class Function(torch.autograd.Function):
@@ -45,14 +46,18 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for argument in arguments:
-        if isinstance(argument, Tensor) and (
-            (type(argument) is not Tensor and type(argument) is not torch.nn.Parameter)
-            or (grad and argument.requires_grad)
-            or argument.is_neg()
-            or argument._is_zerotensor()
-        ):
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            if (grad and argument.requires_grad) or argument.is_neg() or argument._is_zerotensor():
+                return False
+        elif isinstance(argument, Tensor):
             return False
     return True
+
+
+def goes_direct(arguments: tuple[Any, ...]) -> bool:
+    """Whether an implementation may be called at once, which spares the dispatcher: nobody looks at the op itself."""
+    return not torch.compiler.is_compiling() and _is_plain(arguments) and not _watched()
 
 
 def differentiable(
@@ -62,7 +67,7 @@ def differentiable(
     `implementation` for the CPU and CUDA.
 
     Returns what this package calls: torch.compile is to see the op itself, and torch.func, which can't look below an
-    op, the autograd.Function. Where nobody looks, the implementation is called at once, which spares the dispatcher.
+    op, the autograd.Function.
     """
     for key in ("CPU", "CUDA"):
         library.impl(name, implementation, key)
@@ -70,11 +75,9 @@ def differentiable(
     op = getattr(torch.ops.backstride, name).default
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*arguments)
-        if _is_plain(arguments) and not _watched():
+        if goes_direct(arguments):
             return implementation(*arguments)
-        return function(*arguments)
+        return (op if torch.compiler.is_compiling() else function)(*arguments)
 
     return call
 
@@ -89,10 +92,7 @@ def mutating(library: torch.library.Library, name: str, implementation: Callable
     op = getattr(torch.ops.backstride, name).default
 
     def call(*arguments: Any) -> None:
-        if torch.compiler.is_compiling() or not _is_plain(arguments) or _watched():
-            op(*arguments)
-        else:
-            implementation(*arguments)
+        (implementation if goes_direct(arguments) else op)(*arguments)
 
     return call
 
@@ -113,7 +113,7 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     for tensor in tensors:
         # Sizes of fake tensors may be symbols, which can't be looked up.
-        known = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        known = type(tensor) is Tensor or type(tensor) is Parameter
         found = _suggested(tensor.shape, tensor.stride()) if known else suggest_memory_format(tensor)
         if found != torch.contiguous_format:
             return found

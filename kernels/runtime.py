@@ -36,11 +36,14 @@ def device_of(tensor: torch.Tensor) -> Device:
     return _device(tensor.device.index) if tensor.is_cuda else H200
 
 
+_CURRENT = nullcontext()
+
+
 def device_guard(tensor: torch.Tensor):
     """Context in which a launch goes to the tensor's device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _CURRENT
 
 
 def three(values: Sequence[int], fill: int) -> tuple[int, ...]:

@@ -200,7 +200,10 @@ def _call(bind: Callable[..., _Call], axes: int, arguments: tuple[Any, ...]) -> 
     input = arguments[0]
     if isinstance(input, Tensor) and kernel_path(input).name == ATEN:
         return None
-    return _plan(bind, axes, *arguments)[0]
+    try:
+        return bind(axes, *arguments)
+    except _Refused:
+        return None
 
 
 def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
@@ -265,7 +268,8 @@ def _run(
         y = _finish_aten(function(*arguments), relu, residual)
         return y if out is None else given.copy_into(out, y, *arguments[:3], residual=residual)
     x, (weight, bias) = call.x, arguments[1:3]
-    if autocasts(device := x.device.type):
+    if autocasts(x):
+        device = x.device.type
         x, weight = autocast(x, device), autocast(weight, device)
         bias, residual = autocast(bias, device), autocast(residual, device)
     if residual is not None:
@@ -473,24 +477,23 @@ def conv_transpose2d_concat(
     if call is None:
         up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
         skip = autocast(skip, up.device.type)
-        _check_skip(skip, (*up.shape[:-3], *up.shape[-2:]), up.dtype)
+        _check_skip(skip, up.shape, up.dtype)
         return torch.cat([skip, up], dim=-3)
     x = call.x
-    if autocasts(device := x.device.type):
+    if autocasts(x):
+        device = x.device.type
         x, skip = autocast(x, device), autocast(skip, device)
         weight, bias = autocast(weight, device), autocast(bias, device)
-    batch = (x.shape[0],) if call.batched else ()
-    _check_skip(skip, (*batch, *call.output_size), x.dtype)
+    _check_skip(skip, call.shape, x.dtype)
     skip = skip if call.batched else skip.unsqueeze(0)
     y = ops.conv_transpose_concat(x, skip, weight, bias, *call[3:], relu)
     return y if call.batched else y.squeeze(0)
 
 
-def _check_skip(skip: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """`shape` is the up-convolution's, without its channels."""
-    if skip.dim() != len(shape) + 1 or (*skip.shape[:-3], *skip.shape[-2:]) != tuple(shape):
-        *batch, height, width = shape
-        wanted = ", ".join(map(str, [*batch, "channels", height, width]))
+def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`shape` is the up-convolution's."""
+    if skip.dim() != len(shape) or skip.shape != (*shape[:-3], skip.shape[-3], *shape[-2:]):
+        wanted = ", ".join(map(str, [*shape[:-3], "channels", *shape[-2:]]))
         raise ValueError(
             f"skip must have shape ({wanted}) to stand beside the up-convolution, got {tuple(skip.shape)}; crop it"
         )

@@ -218,10 +218,12 @@ def _conv_transpose_concat(
         up = _forward(True, x, weight, bias, None, output_size, stride, padding, dilation, groups, relu)
         y = torch.cat([skip, up], dim=1)
         return y.contiguous(memory_format=memory_format(x, weight, skip))
-    y = _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
-    y[:, : skip.shape[1]].copy_(skip)
+    channels = skip.shape[1], weight.shape[1] * groups
+    y = _empty(x, sum(channels), output_size, (x, weight, skip))
+    left, right = y.split_with_sizes(channels, 1)
+    left.copy_(skip)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    _launch(True, x, weight, bias, None, y[:, skip.shape[1] :], geometry, relu)
+    _launch(True, x, weight, bias, None, right, geometry, relu)
     return y
 
 

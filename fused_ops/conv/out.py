@@ -102,11 +102,6 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the tensors have an element in common, or might have where an exact answer takes too long."""
     if a.device != b.device or not a.numel() or not b.numel():
         return False
-    (start_a, end_a), (start_b, end_b) = (
-        (t.data_ptr(), t.data_ptr() + t.element_size() * _reach(t.shape, t.stride())[0]) for t in (a, b)
-    )
-    if end_a <= start_b or end_b <= start_a:
-        return False
     memory: list[Any] = [np.asarray(_Memory(t)) for t in (a, b)]
     work: Any = OVERLAP_WORK
     try:
@@ -121,15 +116,21 @@ def check_memory(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
     The residual may be `out` itself: each of its elements is read where the result's is made, just before it is
     written.
     """
-    if not _reach(out.shape, out.stride())[1]:
+    reach, apart = _reach(out.shape, out.stride())
+    if not apart:
         raise RuntimeError(
             "unsupported operation: more than one element of out may refer to a single memory location"
             f" (shape {tuple(out.shape)}, strides {out.stride()}); give a tensor that is not expanded"
         )
     if residual is not None and residual.data_ptr() == out.data_ptr() and residual.stride() == out.stride():
         residual = None
+    start = out.data_ptr()
+    end = start + out.element_size() * reach
     for name, tensor in (("input", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and overlap(tensor, out):
+        if tensor is None or (first := tensor.data_ptr()) >= end:
+            continue
+        behind = first + tensor.element_size() * _reach(tensor.shape, tensor.stride())[0]
+        if behind > start and overlap(tensor, out):
             remedy = "give out itself as the residual, or clone it" if name == "residual" else "clone it"
             raise RuntimeError(
                 f"unsupported operation: some elements of {name} and out refer to a single memory location, which"

@@ -245,8 +245,8 @@ def atrous_pyramid(
     Errors: TypeError or ValueError that names the branch and the shape that would fit.
     """
     relu = _is_relu(activation)
-    device = input.device.type if isinstance(input, Tensor) else "cpu"
-    if autocasts(device):
+    if isinstance(input, Tensor) and autocasts(input):
+        device = input.device.type
         input, weights = autocast(input, device), [autocast(weight, device) for weight in weights]
         biases = None if biases is None else [autocast(bias, device) for bias in biases]
     flat = _check(input, weights, biases, dilations)

@@ -55,23 +55,25 @@ def _bind(input: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
 
 def _shapes_fit(call: Call, batch: int) -> bool:
     """Whether all is as torch asks: otherwise its own function is called, and raises its own error."""
-    per_layer = (4 if call.has_biases else 2) * call.directions
-    if call.num_layers < 1 or len(call.params) != per_layer * call.num_layers or not 0 <= call.dropout <= 1:
+    input, hx, params, directions, layers = call.input, call.hx, call.params, call.directions, call.num_layers
+    if layers < 1 or not params or not 0 <= call.dropout <= 1:
         return False
-    hidden = call.params[0].shape[0]
-    size = call.input.shape[-1]
-    for layer in range(call.num_layers):
-        for d in range(call.directions):
-            w_ih, w_hh, *biases = _parameters(call, layer, d)
-            if w_ih.shape != (hidden, size) or w_hh.shape != (hidden, hidden):
-                return False
-            if any(b.shape != (hidden,) for b in biases):
-                return False
-        size = hidden * call.directions
-    tensors = call.params if call.hx is None else [*call.params, call.hx]
-    if any(t.dtype != call.input.dtype or t.device != call.input.device for t in tensors):
+    hidden = params[0].shape[0]
+    common: list[tuple[int, ...]] = [(hidden, hidden), (hidden,), (hidden,)][: 3 if call.has_biases else 1]
+    shapes = [(hidden, input.shape[-1]), *common] * directions
+    if layers > 1:
+        shapes += [(hidden, hidden * directions), *common] * (directions * (layers - 1))
+    tensors = params
+    if hx is not None:
+        shapes.append((layers * directions, batch, hidden))
+        tensors = [*params, hx]
+    if len(tensors) != len(shapes):
         return False
-    return call.hx is None or call.hx.shape == (call.num_layers * call.directions, batch, hidden)
+    dtype, device = input.dtype, input.device
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            return False
+    return True
 
 
 def _parameters(call: Call, layer: int, direction: int) -> Sequence[Tensor]:
@@ -96,9 +98,9 @@ def _batch(call: Call) -> int:
 
 
 def _cast(call: Call) -> Call:
-    device = call.input.device.type
-    if not autocasts(device):
+    if not autocasts(call.input):
         return call
+    device = call.input.device.type
     return call._replace(
         input=autocast(call.input, device),
         hx=autocast(call.hx, device),
@@ -119,12 +121,13 @@ def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
     offsets = None if call.batch_sizes is None else offsets_of(call.batch_sizes, call.input.device)
     x, states = call.input, []
     for layer in range(call.num_layers):
-        y = _layer(nonlinearity, call, layer, x, offsets, batch)
-        states += [_final(y, d, offsets, batch) for d in range(call.directions)]
-        x = y.flatten(-2)
+        x = _layer(nonlinearity, call, layer, x, offsets, batch)
+        states.append(_final(x, 0, call.directions, offsets, batch))
+        if call.bidirectional:
+            states.append(_final(x, 1, 2, offsets, batch))
         if layer < call.num_layers - 1:
             x = F.dropout(x, call.dropout, call.train)
-    return x.transpose(0, 1) if call.batch_first else x, torch.stack(states)
+    return x.transpose(0, 1) if call.batch_first else x, torch.cat(states)
 
 
 def _run_aten(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
@@ -139,34 +142,29 @@ def _run_aten(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _layer(nonlinearity: str, call: Call, layer: int, x: Tensor, offsets: Tensor | None, batch: int) -> Tensor:
-    """Outputs (T, B, D, H), or packed (rows, D, H), of one layer."""
-    parameters = [_parameters(call, layer, d) for d in range(call.directions)]
-    hidden = parameters[0][1].shape[0]
-    weight = torch.cat([p[0] for p in parameters]) if call.bidirectional else parameters[0][0]
-    bias = None
-    if call.has_biases:
-        sums = [p[2] + p[3] for p in parameters]
-        bias = torch.cat(sums) if call.bidirectional else sums[0]
-    projected = F.linear(x, weight, bias)
+    """Outputs (T, B, D H), or packed (rows, D H), of one layer."""
+    w_ih, w_hh, *biases = _parameters(call, layer, 0)
+    bias = biases[0] + biases[1] if biases else None
+    recurrent = (w_hh,)
+    if call.bidirectional:
+        back_ih, back_hh, *biases = _parameters(call, layer, 1)
+        w_ih, recurrent = torch.cat([w_ih, back_ih]), (w_hh, back_hh)
+        bias = None if bias is None else torch.cat([bias, biases[0] + biases[1]])
+    projected = F.linear(x, w_ih, bias)
     if layer == 0 and call.batch_first:
         projected = projected.transpose(0, 1)
-    projected = projected.unflatten(-1, (call.directions, hidden))
-    recurrent = torch.stack([p[1] for p in parameters]) if call.bidirectional else parameters[0][1].unsqueeze(0)
-    matrix = recurrent.transpose(1, 2)
-    first = None
-    if call.hx is not None:
-        first = torch.bmm(call.hx[layer * call.directions : (layer + 1) * call.directions], matrix)
-    trained = torch.is_grad_enabled() and (projected.requires_grad or matrix.requires_grad)
-    # 1 - h^2 of a 16-bit h is 0 for every unit beyond |z| = 3.5: the kernel stores it as it knows it, in fp32.
-    with_factor = nonlinearity == "tanh" and projected.dtype.itemsize == 2 and trained
-    return ops.scan(projected, None, first, matrix, offsets, batch, nonlinearity, with_factor=with_factor)
+    start = layer * call.directions
+    hx = None if call.hx is None else call.hx[start : start + call.directions]
+    return ops.outputs(projected, recurrent, hx, offsets, batch, nonlinearity)
 
 
-def _final(y: Tensor, direction: int, offsets: Tensor | None, batch: int) -> Tensor:
-    """Each sequence's last output on the walk of this direction."""
+def _final(y: Tensor, direction: int, directions: int, offsets: Tensor | None, batch: int) -> Tensor:
+    """Each sequence's last output on the walk of this direction, (1, B, H), from a layer's outputs."""
     if offsets is None:
-        return y[-1 if direction == 0 else 0, :, direction]
-    return y[first_rows(offsets, y, batch, forward=direction == 1), direction]
+        y = y[-1:] if direction == 0 else y[:1]
+    else:
+        y = y[first_rows(offsets, y, batch, forward=direction == 1)].unsqueeze(0)
+    return y if directions == 1 else y.chunk(2, -1)[direction]
 
 
 def _planner(input: Tensor, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> Path:

@@ -98,6 +98,9 @@ class RNN(nn.RNNBase):
         return output.squeeze(axis), h_n.squeeze(1)
 
     def _run(self, input: Tensor, batch_sizes: Tensor | None, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        # `getattr` searches in many places before it comes to an ordinary parameter.
+        own: dict[str, Any] = self._parameters
+        params = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
         self.check_input(input, batch_sizes)
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
@@ -105,7 +108,7 @@ class RNN(nn.RNNBase):
             input,
             batch_sizes,
             hx,
-            [getattr(self, name) for name in self._flat_weights_names],
+            params,
             self.bias,
             self.num_layers,
             self.dropout,

@@ -10,6 +10,7 @@ of any order run on the same kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...kernels.rnn import Packing, choose, reference
 from ...kernels.rnn import scan as launch_scan
 from ..dispatch import ATEN, kernel_path
-from ..registration import Function, differentiable, uses_tf32
+from ..registration import Function, differentiable, goes_direct, uses_tf32
 from .rows import first_rows, previous_rows
 
 library = torch.library.Library("backstride", "FRAGMENT")
@@ -59,34 +60,39 @@ def _scan(
     backward: bool,
     with_factor: bool,
 ) -> tuple[Tensor, Tensor]:
-    packing = None if offsets is None else Packing(offsets, batch)
-    y = x.new_empty(x.shape)
-    factor = x.new_empty(x.shape if with_factor else 0)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    factor = torch.empty_like(y) if with_factor else x.new_empty(0)
     if x.numel() == 0:
         return y, factor
-    gate = None if gate is None else gate.contiguous()
-    first = None if first is None else first.contiguous()
     if kernel_path(x).name == ATEN:
         # As the kernels, 16-bit numbers are computed with in fp32.
+        packing = None if offsets is None else Packing(offsets, batch)
         exact = reference.scan(_wide(x), _wide(gate), _wide(first), _wide(matrix), packing, effect, backward=backward)
         y.copy_(exact)
         if with_factor:
             factor.copy_(1 - exact * exact)
         return y, factor
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    launch_scan(
-        x,
-        gate,
-        first,
-        matrix,
-        packing,
-        y,
-        factor if with_factor else None,
-        effect,
-        backward=backward,
-        tf32=_tf32(x),
-    )
+    _launch(x, gate, first, matrix, offsets, batch, y, factor if with_factor else None, effect, backward)
     return y, factor
+
+
+def _launch(
+    x: Tensor,
+    gate: Tensor | None,
+    first: Tensor | None,
+    matrix: Tensor,
+    offsets: Tensor | None,
+    batch: int,
+    y: Tensor,
+    factor: Tensor | None,
+    effect: str,
+    backward: bool,
+) -> None:
+    gate = None if gate is None else gate.contiguous()
+    first = None if first is None else first.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    packing = None if offsets is None else Packing(offsets, batch)
+    launch_scan(x, gate, first, matrix, packing, y, factor, effect, backward=backward, tf32=_tf32(x))
 
 
 @torch.library.register_fake("backstride::rnn_scan", lib=library)
@@ -227,6 +233,35 @@ def scan(
 ) -> Tensor:
     """The outputs of `rnn_scan`."""
     return _enter(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)[0]
+
+
+def outputs(
+    projected: Tensor,
+    recurrent: Sequence[Tensor],
+    hx: Tensor | None,
+    offsets: Tensor | None,
+    batch: int,
+    effect: str,
+) -> Tensor:
+    """Outputs of a layer, (T, B, D H) or packed (rows, D H), from W_ih x + b of that shape and each direction's W_hh.
+
+    hx: (D, B, H), the states before the first step, or None for zeros.
+    """
+    if len(recurrent) == 1 and goes_direct((projected, recurrent[0], hx)):
+        # What the op does, without the views that only give its tensors an axis for directions.
+        matrix = recurrent[0].t()
+        first = None if hx is None else torch.bmm(hx, matrix.unsqueeze(0))
+        y = torch.empty_like(projected, memory_format=torch.contiguous_format)
+        if y.numel():
+            _launch(projected, None, first, matrix, offsets, batch, y, None, effect, False)
+        return y
+    matrix = (torch.stack(list(recurrent)) if len(recurrent) > 1 else recurrent[0].unsqueeze(0)).transpose(1, 2)
+    first = None if hx is None else torch.bmm(hx, matrix)
+    x = projected.unflatten(-1, matrix.shape[:2])
+    trained = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
+    # 1 - h^2 of a 16-bit h is 0 for every unit beyond |z| = 3.5: the kernel stores it as it knows it, in fp32.
+    with_factor = effect == "tanh" and x.dtype.itemsize == 2 and trained
+    return scan(x, None, first, matrix, offsets, batch, effect, with_factor=with_factor).flatten(-2)
 
 
 def _scan_vmap(info, in_dims, x, gate, first, matrix, offsets, batch, effect, backward, with_factor):

@@ -72,7 +72,8 @@ def scan(
     last and direction 1 the other way, with `backward` both turned round.
 
     Shapes: x, y, gate and factor (T, B, D, H), or with `packing` (rows, D, H); first (D, B, H); matrix (D, H, H), any
-    strides. x has any strides but its last, which is 1; the others are contiguous.
+    strides. x has any strides but its last, which is 1; the others are contiguous. With one direction, D may be left
+    out of x, y and matrix together.
 
     Args:
         gate: what the effects "tanh_derivative", "relu_derivative" (outputs h_t of the RNN) and "factor" multiply by.
@@ -113,6 +114,10 @@ def _plan(
     device: Device,
 ) -> tuple[str, Plan]:
     """The regime and its launch; of one step in the stepwise regime, of all in the others."""
+    if len(matrix_strides) == 2:
+        hidden = shape[-1]
+        shape, x_strides = torch.Size((*shape[:-1], 1, hidden)), (*x_strides[:-1], hidden, 1)
+        matrix_strides = (hidden * hidden, *matrix_strides)
     directions, hidden = shape[-2:]
     packed, has_first, has_factor = flags
     config = choose_config(batch, hidden, directions, dtype.itemsize, uses_tensor_cores(dtype, tf32), device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backstride import fused_ops
-from backstride.kernels.conv import access, launch
+from backstride.kernels.conv import access, launch, reference
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.launch import Geometry
 from backstride.kernels.conv.transpose import to_channels_last
@@ -229,6 +229,31 @@ def test_which_up_convolutions_write_rows(kernel, across):
     assert plan(None, torch.contiguous_format)["ACROSS"] == across
     assert plan(None, torch.channels_last)["ACROSS"] == 1
     assert plan(7, torch.contiguous_format)["ACROSS"] == 1, "the last row is cropped"
+
+
+SUMS = {  # x of X^T, output channels, kernel, stride, padding, dilation
+    "scatter": ((1, 20, 3, 4), 3, 2, 2, 0, 1, "conv_scatter_kernel"),
+    "residue phases": ((1, 18, 4, 5), 5, 3, 2, 1, 1, "conv_apply_transposed_kernel"),
+    "zones": ((2, 34, 12, 12), 17, 3, 1, 8, 8, "conv_zones_kernel"),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_weights_of_tf32_lie_along_the_sum(name, device):
+    """Which the matrix units of Hopper ask for; of X^T they have to be brought so."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    shape, b, kernel, stride, padding, dilation, launched = SUMS[name]
+    out = [(i - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1 for i in shape[2:]]
+    x, w = random_tensors(28, shape, (shape[1], b, kernel, kernel), dtype=torch.float32, device=device)
+    geometry = Geometry((stride,) * 2, (padding,) * 2, (dilation,) * 2, 1)
+    expected = reference.apply_transposed(x.double(), w.double(), out, geometry)
+    for image, y in both_layouts(x, torch.full((shape[0], b, *out), math.nan, device=device)):
+        plan = launch.plan_apply_transposed(layout_of(image), w.shape, layout_of(y), geometry, w.dtype, True, H200)
+        assert plan.kernel.__name__ == launched and plan.constants["SUM_LAST"]
+        launch.apply_transposed(image, w, None, None, y, geometry, tf32=True)
+        tolerance = 1e-4 if device == "cpu" else 2e-2
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * 10, check_stride=False)
 
 
 @pytest.mark.compile

@@ -10,7 +10,7 @@ from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_apply_transposed_kernel(
     x_ptr,  # (N, groups * A, ID, IH, IW)
-    w_ptr,  # (groups * A, KD * KH * KW, B)
+    w_ptr,  # (groups * A, KD * KH * KW, B), or with SUM_LAST, of one group, (KD * KH * KW, B, A)
     bias_ptr,  # (groups * B,)
     residual_ptr,  # as y
     y_ptr,  # (N, groups * B, OD, OH, OW)
@@ -56,6 +56,7 @@ def conv_apply_transposed_kernel(
     Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
+    SUM_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -132,11 +133,11 @@ def conv_apply_transposed_kernel(
             mask=outer_and(mask_x, mask_a, X_LAST),
             other=0.0,
         )
-        w = tl.load(
-            w_ptr + (a.to(tl.int64) * (TAPS * B) + r * B)[:, None] + offs_b[None, :],
-            mask=mask_a[:, None] & mask_b[None, :],
-            other=0.0,
-        )
+        if SUM_LAST:
+            w_ptrs = w_ptr + ((r * B + offs_b).to(tl.int64) * A)[None, :] + a[:, None]
+        else:
+            w_ptrs = w_ptr + (a.to(tl.int64) * (TAPS * B) + r * B)[:, None] + offs_b[None, :]
+        w = tl.load(w_ptrs, mask=mask_a[:, None] & mask_b[None, :], other=0.0)
         acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
     offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
@@ -163,7 +164,7 @@ def conv_apply_transposed_kernel(
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_scatter_kernel(
     x_ptr,  # (N, groups * A, ID, IH, IW)
-    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, KD * KH, B, KW)
+    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, KD * KH, B, KW); with SUM_LAST A is last
     bias_ptr,  # (groups * B,)
     residual_ptr,  # as y
     y_ptr,  # (N, groups * B, OD, OH, OW)
@@ -200,6 +201,7 @@ def conv_scatter_kernel(
     Y_LAST: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
+    SUM_LAST: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
     ACROSS: tl.constexpr,
     CROP: tl.constexpr,
@@ -255,11 +257,11 @@ def conv_scatter_kernel(
             mask=outer_and(mask_m, mask_a, X_LAST),
             other=0.0,
         )
-        w = tl.load(
-            w_ptr + (a.to(tl.int64) * (TAPS * B))[:, None] + offs_n[None, :],
-            mask=mask_a[:, None] & mask_n[None, :],
-            other=0.0,
-        )
+        if SUM_LAST:
+            w_ptrs = w_ptr + (offs_n.to(tl.int64) * A)[None, :] + a[:, None]
+        else:
+            w_ptrs = w_ptr + (a.to(tl.int64) * (TAPS * B))[:, None] + offs_n[None, :]
+        w = tl.load(w_ptrs, mask=mask_a[:, None] & mask_n[None, :], other=0.0)
         acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 
     ow = i_w * KW

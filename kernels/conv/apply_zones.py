@@ -28,7 +28,7 @@ def _output(row_ptr, AXIS: tl.constexpr, q):
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_zones_kernel(
     x_ptr,  # (N, groups * in channels, ID, IH, IW)
-    w_ptr,  # as packed for the tiles; of several branches one after another
+    w_ptr,  # as for the tiles; of several branches one after another
     bias_ptr,  # (out channels of all branches,)
     residual_ptr,  # as y
     y_ptr,  # (N, out channels of all branches, OD, OH, OW)
@@ -49,6 +49,7 @@ def conv_zones_kernel(
     NDIM: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SUM_LAST: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -79,7 +80,7 @@ def conv_zones_kernel(
     branch_channel = tl.load(row_ptr + 1) * OUT_VEC
     channels = tl.load(row_ptr + 2) * OUT_VEC
     W_VEC: tl.constexpr = OUT_VEC if TRANSPOSED else IN_VEC
-    w_ptr += tl.load(row_ptr + 3).to(tl.int64) * W_VEC  # at the zone's first tap
+    first_tap = tl.load(row_ptr + 3).to(tl.int64) * W_VEC
     stride_wa = tl.load(row_ptr + 4) * W_VEC
     QD, first_d, stride_d, hop_d, taps_d, hop_wd = 1, 0, 0, 0, 1, 0
     QH, first_h, stride_h, hop_h, taps_h, hop_wh = 1, 0, 0, 0, 1, 0
@@ -132,11 +133,13 @@ def conv_zones_kernel(
             mask=outer_and(mask_m, mask_c, X_LAST),
             other=0.0,
         )
-        offs_w = (jd * hop_wd + jh * hop_wh + jw * hop_ww) * W_VEC
-        if TRANSPOSED:
-            w_ptrs = w_ptr + (c.to(tl.int64) * stride_wa + offs_w)[:, None] + offs_n[None, :]
-        else:
+        offs_w = first_tap + (jd * hop_wd + jh * hop_wh + jw * hop_ww) * W_VEC
+        if not TRANSPOSED:
             w_ptrs = w_ptr + (offs_n.to(tl.int64) * stride_wa)[None, :] + (offs_w + c)[:, None]
+        elif SUM_LAST:
+            w_ptrs = w_ptr + ((offs_w + offs_n) * C)[None, :] + c[:, None]
+        else:
+            w_ptrs = w_ptr + (c.to(tl.int64) * stride_wa + offs_w)[:, None] + offs_n[None, :]
         w = tl.load(w_ptrs, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
 

@@ -39,14 +39,15 @@ class ConvPlan(Plan):
     """A launch of a convolution."""
 
     copies: tuple[bool, ...] = ()  # for each tensor that is read, whether from a channels-last copy
+    axes: tuple[int, ...] = ()  # of the weight, as they lie in memory when it is read
+    mirrored: bool = False  # whether the weight is mirrored first
     table: zones.Table | None = None  # of the zones, where the launch goes over zones
     note: str = ""  # for people
 
 
-def pack_weight(weight: torch.Tensor, across: int = 1) -> torch.Tensor:
-    """(A, B, *kernel) with channels B innermost in memory: free where the weight is channels_last already. With
-    `across` > 1 they stand in front of the taps along the last axis."""
-    return weight.movedim(1, -1 if across == 1 else -2).contiguous()
+def channels_innermost(weight: Sequence[int]) -> tuple[int, ...]:
+    """The axes (A, *kernel, B): a weight in channels_last lies so already."""
+    return (0, *range(2, len(weight)), 1)
 
 
 def dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
@@ -147,6 +148,7 @@ def zones_plan(
     access_y: Access,
     constants: dict[str, Any],
     transposed: bool,
+    axes: tuple[int, ...],
     note: str,
 ) -> ConvPlan:
     """Launch over the zones of the branches, with the constants of the launch over tiles that it replaces."""
@@ -171,7 +173,14 @@ def zones_plan(
     constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if not side.last}
     sizes = (y.shape[0], groups, access_x.channels // groups // in_vec, *access_x.strides, *access_y.strides)
     return ConvPlan(
-        conv_zones_kernel, (table.programs,), sizes, constants, copies=(access_x.copied,), table=table, note=note
+        conv_zones_kernel,
+        (table.programs,),
+        sizes,
+        constants,
+        copies=(access_x.copied,),
+        axes=axes,
+        table=table,
+        note=note,
     )
 
 
@@ -190,6 +199,7 @@ def plan_apply(
     taps = math.prod(kernel)
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
+    axes = channels_innermost(weight)
     access_x = access.read(x, _in_order(kernel, geometry, x, y), b, a)
     access_y = access.write(y, True)
     config = choose_config(
@@ -210,10 +220,11 @@ def plan_apply(
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
         note = _zones_note(found, geometry, y.shape[2:], False)
-        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, note)
+        constants["SUM_LAST"] = True
+        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, axes, note)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
-    return ConvPlan(conv_apply_kernel, grid, sizes, constants, copies=(access_x.copied,))
+    return ConvPlan(conv_apply_kernel, grid, sizes, constants, copies=(access_x.copied,), axes=axes)
 
 
 @lru_cache(maxsize=4096)
@@ -229,6 +240,9 @@ def plan_apply_transposed(
     """Launch of y = X^T x, for a weight of shape (A total, B, *kernel): scattered where the stride is the kernel's
     size and every output pixel is reached, else by residue phases."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
+    if is_better_flat(weight, geometry):
+        sides = b * geometry.groups, a, *kernel
+        return replace(plan_apply(x, sides, y, mirror(kernel, geometry), dtype, tf32, device), mirrored=True)
     taps = math.prod(kernel)
     tensor_cores = uses_tensor_cores(dtype, tf32)
     scatter = all(
@@ -251,7 +265,14 @@ def plan_apply_transposed(
     across = 1
     if scatter and not (cropped or access_y.last) and kernel[-1] in (2, 4, 8):
         across, access_y = kernel[-1], access.write_rows(y)
-    constants = layer_constants(kernel, geometry, a, b, access_x, access_y)
+    # Hopper's matrix units take 32-bit operands only with neighbouring terms of the sum side by side.
+    sum_last = tf32 and dtype == torch.float32 and geometry.groups == 1
+    axes = channels_innermost(weight)
+    if across > 1:
+        axes = (*axes[:-2], axes[-1], axes[-2])
+    if sum_last:
+        axes = (*axes[1:], 0)
+    constants = layer_constants(kernel, geometry, a, b, access_x, access_y) | {"SUM_LAST": sum_last}
     if scatter:
         rows, columns = x.shape[0] * math.prod(x.shape[2:]), taps * b
         launched, phases = conv_scatter_kernel, 1
@@ -280,10 +301,10 @@ def plan_apply_transposed(
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not scatter and (found := _worthwhile_zones(x, weight, y, geometry, config, True)):
         note = _zones_note(found, geometry, y.shape[2:], True)
-        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, note)
+        return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, axes, note)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
-    return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,))
+    return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,), axes=axes)
 
 
 @lru_cache(maxsize=4096)
@@ -374,30 +395,26 @@ def is_better_flat(weight: Sequence[int], geometry: Geometry) -> bool:
     return few and math.prod(weight[2:]) > 1 and max(geometry.stride) == 1
 
 
-def as_convolution(weight: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
-    """Weight and geometry of the convolution that X^T is at stride 1: channels change sides, the taps run backward."""
-    sides = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
-    padding = tuple(
-        d * (k - 1) - p for k, p, d in zip(weight.shape[2:], geometry.padding, geometry.dilation, strict=True)
-    )
-    return sides.flip(*range(2, weight.dim())), geometry._replace(padding=padding)
+def mirror(kernel: Sequence[int], geometry: Geometry) -> Geometry:
+    """Geometry of the convolution that X^T is at stride 1, where channels change sides and the taps run backward."""
+    padding = tuple(d * (k - 1) - p for k, p, d in zip(kernel, geometry.padding, geometry.dilation, strict=True))
+    return geometry._replace(padding=padding)
 
 
-def _backward(weight: torch.Tensor, geometry: Geometry) -> tuple[Callable[..., ConvPlan], torch.Tensor, Geometry]:
-    """How X^T is planned, and the weight and geometry for that."""
-    if is_better_flat(weight.shape, geometry):
-        return plan_apply, *as_convolution(weight, geometry)
-    return plan_apply_transposed, weight, geometry
+def mirror_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Its weight."""
+    sides = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return sides.flip(*range(2, weight.dim()))
 
 
 def _launch_forward(
     planner: Callable[..., ConvPlan],
-    weight: torch.Tensor,
-    geometry: Geometry,
     x: torch.Tensor,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     y: torch.Tensor,
+    geometry: Geometry,
     relu: bool,
     tf32: bool,
 ) -> None:
@@ -406,11 +423,13 @@ def _launch_forward(
     plan = planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x))
     if plan.copies[0]:
         x = to_channels_last(x)
+    if plan.mirrored:
+        weight = mirror_weight(weight, geometry.groups)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(
             x,
-            pack_weight(weight, plan.constants.get("ACROSS", 1)),
+            weight.permute(plan.axes).contiguous(),
             bias,
             residual,
             y,
@@ -437,7 +456,7 @@ def apply(
     Shapes: x (N, groups B, *in), weight (groups A, B, *kernel), bias (groups A,), y and residual (N, groups A, *out);
     residual has y's strides.
     """
-    _launch_forward(plan_apply, weight, geometry, x, bias, residual, y, relu, tf32)
+    _launch_forward(plan_apply, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
 def apply_transposed(
@@ -456,7 +475,7 @@ def apply_transposed(
     Shapes: x (N, groups A, *in), weight (groups A, B, *kernel), bias (groups B,), y and residual (N, groups B, *out);
     residual has y's strides.
     """
-    _launch_forward(*_backward(weight, geometry), x, bias, residual, y, relu, tf32)
+    _launch_forward(plan_apply_transposed, x, weight, bias, residual, y, geometry, relu, tf32)
 
 
 def describe(
@@ -465,7 +484,7 @@ def describe(
     """What is special about the launch of `apply`, or of `apply_transposed`, with these; their values don't matter."""
     if y.numel() == 0:
         return ""
-    planner, weight, geometry = _backward(weight, geometry) if transposed else (plan_apply, weight, geometry)
+    planner = plan_apply_transposed if transposed else plan_apply
     return planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x)).note
 
 

@@ -73,10 +73,10 @@ class Plan:
             flags: further compile-time arguments.
         """
         first: Any = pointers[0]
-        alignments = [p is not None and (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
+        alignments = [None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
         key = (first.device.index, *alignments, *flags.values())
-        if key in self.found:
-            run, constants = self.found[key]
+        if found := self.found.get(key):
+            run, constants = found
             run(*pointers, *self.sizes, *more, *constants)
             return
         compiled = self.kernel[self.grid](*pointers, *self.sizes, *more, **flags, **self.constants)

@@ -50,10 +50,13 @@ def _require(condition: Any) -> None:
         raise _Refused
 
 
-def _is_exact(value: Any) -> bool:
-    """Whether no other argument than the same is equal to it, as 1.0 and True are to 1."""
-    kind = type(value)
-    return kind in _EXACT or (kind is tuple and all(type(v) is int for v in value))
+def _are_exact(values: Sequence[Any]) -> bool:
+    """Whether no other arguments than the same are equal to them, as 1.0 and True are to 1."""
+    for value in values:
+        kind = type(value)
+        if kind not in _EXACT and not (kind is tuple and all(type(v) is int for v in value)):
+            return False
+    return True
 
 
 _EXACT = frozenset({int, str, torch.Size, type(None)})
@@ -64,7 +67,7 @@ def _remembered(find: Callable[..., _Sizes]) -> Callable[..., _Sizes]:
     known = lru_cache(maxsize=4096)(find)
 
     def look_up(*arguments: Any) -> _Sizes:
-        if torch.compiler.is_compiling() or not all(map(_is_exact, arguments)):
+        if torch.compiler.is_compiling() or not _are_exact(arguments):
             return find(*arguments)
         try:
             return known(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -183,13 +184,25 @@ def meetings(narrow: int, wide: int, kernel: int, stride: int, padding: int, dil
     return pairs
 
 
+def conv_flop(
+    x: Sequence[int],
+    y: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+) -> int:
+    """2 x multiply-adds of a convolution from shape `x` to `y`, alike in all directions: each weight element meets each
+    pixel of the narrow side once, but for those that would meet padding, which are not needed."""
+    narrow, wide = (x, y) if transposed else (y, x)
+    axes = zip(narrow[2:], wide[2:], weight[2:], stride, padding, dilation, strict=True)
+    return 2 * x[0] * math.prod(weight[:2]) * math.prod(meetings(*axis) for axis in axes)
+
+
 def flop(layer: Layer) -> int:
-    """2 x multiply-adds, alike in all directions: each weight element meets each pixel of the narrow side once, but for
-    those that would meet padding, which are not needed."""
-    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation
-    sides = (layer.size, layer.out_size) if layer.transposed else (layer.out_size, layer.size)
-    pairs = (meetings(narrow, wide, *geometry) for narrow, wide in zip(*sides, strict=True))
-    return 2 * layer.batch * math.prod(layer.weight[:2]) * math.prod(pairs)
+    stride, padding, dilation = ([value] * len(layer.size) for value in (layer.stride, layer.padding, layer.dilation))
+    return conv_flop(layer.x, layer.y, layer.weight, stride, padding, dilation, layer.transposed)
 
 
 def byte_count(layer: Layer, dtype: torch.dtype) -> int:

@@ -20,7 +20,7 @@ from ..models.language.char_rnn import CharRNN
 from ..models.layers import Ops
 from ..models.segmentation.segnet import SegNet, SegNetBasic
 from ..models.segmentation.unet import UNet
-from .bench_conv import meetings
+from .bench_conv import conv_flop
 from .case import Case
 
 VOCABULARY = 65  # characters in tinyshakespeare
@@ -133,10 +133,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _conv_flop(x, weight, bias, stride, padding, dilation, transposed, *_: Any, out_shape: Any) -> int:
-    """Of a convolution from shape `x` to `out_shape`, without the taps that fall on padding."""
-    sides = (x, out_shape) if transposed else (out_shape, x)
-    axes = zip(*(side[2:] for side in sides), weight[2:], stride, padding, dilation, strict=True)
-    return 2 * x[0] * prod(weight[:2]) * prod(meetings(*axis) for axis in axes)
+    return conv_flop(x, out_shape, weight, stride, padding, dilation, transposed)
 
 
 def _conv_backward_flop(grad, x, weight, bias, *geometry: Any, out_shape: Any) -> int:

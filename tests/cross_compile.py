@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -204,6 +205,19 @@ def compile_all(targets: list[str], trusted: dict[tuple[str, str], Compiled]) ->
                 row = replace(known, case=case.name) if known else compilation.run()
                 rows[target, row.kernel, row.case, row.dtype] = row
     return list(rows.values())
+
+
+def printed_by(code: str) -> list[str]:
+    """The lines that this code prints in a process of its own, where Triton compiles."""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.splitlines()
 
 
 def main() -> None:

@@ -2,11 +2,7 @@
 results are right either way."""
 
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .cross_compile import printed_by
 from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 IMAGES = {
@@ -270,10 +267,6 @@ for case in cross_compile_conv.cases(cross_compile.TARGETS["sm_90"]):
         ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]
         print(kernel, case.name, set(re.findall(r"st\\.global\\S*", ptx)), sep="; ")
 """
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = run.stdout.splitlines()
+    lines = printed_by(code)
     assert len(lines) == 7  # three kernels in two layouts, and the transposing copy
     assert not [line for line in lines if not line.endswith("{'st.global.v4.b32'}")]

@@ -39,11 +39,9 @@ def plans(channels: int, device: Device) -> tuple[launch.Plan, ...]:
     weight = (total, channels, 3, 3)
     rest = torch.bfloat16, False, device
     assert launch.is_better_flat(weight, geometry) == (channels < 16)
-    # At stride 1 the input gradient of a layer with equal channels in and out is planned as the layer itself.
-    backward = launch.plan_apply if channels < 16 else launch.plan_apply_transposed
     return (
         launch.plan_apply(image, weight, image, geometry, *rest),
-        backward(image, weight, image, geometry, *rest),
+        launch.plan_apply_transposed(image, weight, image, geometry, *rest),
         launch.plan_weight_grad(image, weight, True, image, geometry, *rest),
     )
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import backstride.fused_ops as fused
 import pytest
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap
 from torch.testing._internal.common_methods_invocations import op_db
 
+from .cross_compile import printed_by
 from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
@@ -430,11 +430,7 @@ for case in cross_compile_depthwise.cases(cross_compile.TARGETS["sm_90"]):
         ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]
         print(ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b32"), ptx.count("st.global.v4.b32"))
 """
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    counts = [tuple(map(int, line.split())) for line in printed_by(code)]
     # Forward and weight gradient, of channels_last and then of NCHW: columns, weights, bias and residual; two
     # tensors; three rows of three chunks, and the residual; the same with the gradient. Sums are written singly.
     assert counts == [(16, 4), (28, 0), (10, 1), (10, 0)]

@@ -168,7 +168,8 @@ def zones_plan(
     )
     names = set(conv_zones_kernel.arg_names) | {"num_warps", "num_stages"}
     constants = {name: value for name, value in constants.items() if name in names}
-    constants |= {"TABLE_ROWS": len(table.rows), "TRANSPOSED": transposed}
+    # X's weights always lie along the sum.
+    constants = {"SUM_LAST": True} | constants | {"TABLE_ROWS": len(table.rows), "TRANSPOSED": transposed}
     # A zone's rows have gaps between them, so along the pixels nothing is aligned.
     constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if not side.last}
     sizes = (y.shape[0], groups, access_x.channels // groups // in_vec, *access_x.strides, *access_y.strides)
@@ -220,7 +221,6 @@ def plan_apply(
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
         note = _zones_note(found, geometry, y.shape[2:], False)
-        constants["SUM_LAST"] = True
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, axes, note)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
@@ -402,7 +402,7 @@ def mirror(kernel: Sequence[int], geometry: Geometry) -> Geometry:
 
 
 def mirror_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """Its weight."""
+    """The weight of the convolution that X^T is at stride 1, from X's."""
     sides = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return sides.flip(*range(2, weight.dim()))
 

@@ -71,7 +71,6 @@ def plan_pyramid(
     met = sum(zone.taps * zone.pixels for branch in branches for zone in branch.zones)
     share = met / math.prod(size) / sum(math.prod(weight[2:]) for weight in weights)
     note = f"{len(weights)} branches in one launch over validity zones: {share:.0%} of the taps meet pixels"
-    constants["SUM_LAST"] = True
     return launch.zones_plan(branches, y, 1, *sides, constants, False, (), note)
 
 

@@ -104,6 +104,27 @@ LAYERS = {
 }
 
 
+# Whether a tap meets a pixel is a bit of a 32-bit word up to 32 taps, and compared in the loop beyond.
+MANY_TAPS = {
+    "32 taps": (2, (2, 16, 5, 6), 16, (4, 8), 1, (2, 5), 1, 1),
+    "33 taps, blocks that are not full": (2, (1, 20, 3, 7), 17, (3, 11), 1, (2, 6), 1, 1),
+    "1-D, dilated, strided": (1, (2, 18, 40), 16, (37,), 2, 30, 2, 1),
+    "3-D": (3, (1, 16, 3, 4, 3), 16, (2, 4, 4), (1, 2, 1), (1, 3, 2), 1, 1),
+    "3-D, 45 taps": (3, (1, 16, 3, 2, 4), 16, (3, 3, 5), 1, (2, 1, 3), 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", list(MANY_TAPS))
+def test_many_taps(name):
+    axes, shape, c_out, kernel, stride, padding, dilation, groups = MANY_TAPS[name]
+    ours, theirs = CONV[axes]
+    x, w = random_tensors(21, shape, (c_out, shape[1], *kernel))
+    arguments = (None, stride, padding, dilation, groups)
+    for tensors in both_layouts(x, w):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        check_forward_and_gradients(lambda *t: ours(*t, *arguments), lambda *t: theirs(*t, *arguments), tensors)
+
+
 @pytest.fixture(params=list(LAYERS))
 def layer(request):
     return LAYERS[request.param]
@@ -355,7 +376,7 @@ def test_pixel_indices_widen_near_the_limit():
 def test_64_bit_pixel_indices(monkeypatch, layer):
     axes, shape, c_out, kernel, stride, padding, dilation, groups = layer
     plans = (launch.plan_apply, launch.plan_apply_transposed, launch.plan_weight_grad)
-    monkeypatch.setattr(launch, "index_dtype", lambda pixels: launch.tl.int64)
+    monkeypatch.setattr(launch, "index_dtype", lambda *numbers: launch.tl.int64)
     for plan in plans:
         plan.cache_clear()
     try:

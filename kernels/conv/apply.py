@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
+from .walk import make_jumps, walk, within
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -58,6 +59,7 @@ def conv_apply_kernel(
     RELU: tl.constexpr,
     FLATTEN: tl.constexpr,
     PADDED: tl.constexpr,
+    EVEN: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,6 +86,7 @@ def conv_apply_kernel(
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, od, oh, ow = unravel(pixel, OD, OH, OW, NDIM)
     mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
+    n = tl.minimum(n, N - 1)
     id0 = od * SD - PAD_D
     ih0 = oh * SH - PAD_H
     iw0 = ow * SW - PAD_W
@@ -97,7 +100,7 @@ def conv_apply_kernel(
     if not X_LAST:
         offs_group = tl.multiple_of(offs_group, X_VEC)
     x_ptr += offs_group
-    offs_w = channel * (TAPS * B)
+    offs_w = (group * A + within(offs_a, A, OUT_VEC)) * (TAPS * B)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if FLATTEN:
@@ -122,31 +125,34 @@ def conv_apply_kernel(
             acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
     else:
         blocks = tl.cdiv(B, BLOCK_K)
-        for step in range(0, TAPS * blocks):
-            tap = step // blocks
-            b = (step % blocks) * BLOCK_K + offs_k
-            mask_b = b < B
-            rd = (tap // (KH * KW)) * DD
-            rh = (tap // KW % KH) * DH
-            rw = (tap % KW) * DW
-            mask_x = mask_m
-            if PADDED:
-                mask_x = mask_x & in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM)
-            offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
-            offs_b = b.to(tl.int64) * stride_xc
-            if not X_LAST:
-                offs_b = tl.multiple_of(offs_b, X_VEC)
-            x = tl.load(
-                x_ptr + outer_sum(offs_x + offs_tap, offs_b, X_LAST),
-                mask=outer_and(mask_x, mask_b, X_LAST),
-                other=0.0,
-            )
-            w = tl.load(
-                w_ptr + offs_w[None, :] + (tap * B + b)[:, None],
-                mask=mask_b[:, None] & mask_a[None, :],
-                other=0.0,
-            )
-            acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        strides = stride_xd, stride_xh, stride_xw
+        offs_b = offs_k.to(tl.int64) * stride_xc
+        if not X_LAST:
+            offs_b = tl.multiple_of(offs_b, X_VEC)
+        acc = walk(
+            acc,
+            x_ptr + outer_sum(offs_x, offs_b, X_LAST),
+            w_ptr + offs_w[None, :] + offs_k[:, None],
+            make_jumps(BLOCK_K, stride_xc, (DD, DH, DW), strides, (KD, KH, KW), blocks, INDEX),
+            make_jumps(BLOCK_K, 1, (0, 0, 1), (0, 0, B), (KD, KH, KW), blocks, INDEX),
+            (id0, ih0, iw0),
+            (DD, DH, DW),
+            (ID, IH, IW),
+            (KD, KH, KW),
+            B,
+            NDIM,
+            1,
+            TAPS > 1,
+            PADDED,
+            (KD, KH, KW),
+            EVEN,
+            X_LAST,
+            X_VEC,
+            IN_VEC,
+            PRECISION,
+            UPCAST,
+            BLOCK_K,
+        )
 
     offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
     offs_channel = channel * stride_yc

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, residue_phase, rows_by_columns, unravel
+from ..tile import element_offset, in_bounds, outer_and, outer_sum, residue_phase, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
+from .walk import make_jumps, walk, within
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -57,6 +58,7 @@ def conv_apply_transposed_kernel(
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     SUM_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -104,41 +106,64 @@ def conv_apply_transposed_kernel(
     id0 = qd + base_d
     ih0 = qh + base_h
     iw0 = qw + base_w
+    n = tl.minimum(n, N - 1)
     offs_x = element_offset(n, id0, ih0, iw0, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_b = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_b = offs_b < B
     channel = group * B + offs_b
+    column = within(offs_b, B, OUT_VEC).to(tl.int64)
     x_ptr += group * A * stride_xc
     w_ptr += group * A * (TAPS * B)
+    first = (first_d * KH + first_h) * KW + first_w
+    if SUM_LAST:
+        w_ptrs = w_ptr + ((first * B + column) * A)[None, :] + offs_k[:, None]
+        stride_wa = 1
+        stride_wr = B.to(INDEX) * A
+    else:
+        w_ptrs = w_ptr + (offs_k.to(tl.int64) * (TAPS * B) + first * B)[:, None] + column[None, :]
+        stride_wa = TAPS * B.to(INDEX)
+        stride_wr = B
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    # From a tap of the phase to its next one, in the input and in the kernel; and the most that a phase has.
+    HOP_D: tl.constexpr = -(DD // GD)
+    HOP_H: tl.constexpr = -(DH // GH)
+    HOP_W: tl.constexpr = -(DW // GW)
+    SKIP_D: tl.constexpr = SD // GD
+    SKIP_H: tl.constexpr = SH // GH
+    SKIP_W: tl.constexpr = SW // GW
+    MOST_D: tl.constexpr = (KD + SKIP_D - 1) // SKIP_D
+    MOST_H: tl.constexpr = (KH + SKIP_H - 1) // SKIP_H
+    MOST_W: tl.constexpr = (KW + SKIP_W - 1) // SKIP_W
     blocks = tl.cdiv(A, BLOCK_K)
-    for step in range(0, taps_d * taps_h * taps_w * blocks):
-        tap = step // blocks
-        a = (step % blocks) * BLOCK_K + offs_k
-        mask_a = a < A
-        jd = tap // (taps_h * taps_w)
-        jh = tap // taps_w % taps_h
-        jw = tap % taps_w
-        r = ((first_d + jd * (SD // GD)) * KH + first_h + jh * (SH // GH)) * KW + first_w + jw * (SW // GW)
-        rd = jd * -(DD // GD)
-        rh = jh * -(DH // GH)
-        rw = jw * -(DW // GW)
-        mask_x = in_bounds(id0 + rd, ih0 + rh, iw0 + rw, ID, IH, IW, NDIM) & mask_m
-        offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
-        x = tl.load(
-            x_ptr + outer_sum(offs_x + offs_tap, a.to(tl.int64) * stride_xc, X_LAST),
-            mask=outer_and(mask_x, mask_a, X_LAST),
-            other=0.0,
-        )
-        if SUM_LAST:
-            w_ptrs = w_ptr + ((r * B + offs_b).to(tl.int64) * A)[None, :] + a[:, None]
-        else:
-            w_ptrs = w_ptr + (a.to(tl.int64) * (TAPS * B) + r * B)[:, None] + offs_b[None, :]
-        w = tl.load(w_ptrs, mask=mask_a[:, None] & mask_b[None, :], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+    taps = taps_d, taps_h, taps_w
+    x_strides = stride_xd, stride_xh, stride_xw
+    w_strides = KH * KW * stride_wr, KW * stride_wr, stride_wr
+    acc = walk(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
+        x_ptr + outer_sum(offs_x, offs_k.to(tl.int64) * stride_xc, X_LAST),
+        w_ptrs,
+        make_jumps(BLOCK_K, stride_xc, (HOP_D, HOP_H, HOP_W), x_strides, taps, blocks, INDEX),
+        make_jumps(BLOCK_K, stride_wa, (SKIP_D, SKIP_H, SKIP_W), w_strides, taps, blocks, INDEX),
+        (id0, ih0, iw0),
+        (HOP_D, HOP_H, HOP_W),
+        (ID, IH, IW),
+        taps,
+        A,
+        NDIM,
+        NDIM,
+        MOST_D * MOST_H * MOST_W > 1,
+        True,
+        (MOST_D, MOST_H, MOST_W),
+        EVEN,
+        X_LAST,
+        X_VEC,
+        IN_VEC if SUM_LAST else OUT_VEC,
+        PRECISION,
+        UPCAST,
+        BLOCK_K,
+    )
 
     offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
     offs_channel = channel * stride_yc
@@ -202,6 +227,7 @@ def conv_scatter_kernel(
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     SUM_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
     ACROSS: tl.constexpr,
     CROP: tl.constexpr,
@@ -235,6 +261,7 @@ def conv_scatter_kernel(
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
     mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN or ACROSS > 1 else Y_RUN)
+    n = tl.minimum(n, N - 1)
     offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -245,24 +272,42 @@ def conv_scatter_kernel(
     x_ptr += offs_group
     w_ptr += group * A * (TAPS * B)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for a0 in range(0, A, BLOCK_K):
-        a = a0 + offs_k
-        mask_a = a < A
-        offs_a = a.to(tl.int64) * stride_xc
-        if not X_LAST:
-            offs_a = tl.multiple_of(offs_a, X_VEC)
-        x = tl.load(
-            x_ptr + outer_sum(offs_x, offs_a, X_LAST),
-            mask=outer_and(mask_m, mask_a, X_LAST),
-            other=0.0,
-        )
-        if SUM_LAST:
-            w_ptrs = w_ptr + (offs_n.to(tl.int64) * A)[None, :] + a[:, None]
-        else:
-            w_ptrs = w_ptr + (a.to(tl.int64) * (TAPS * B))[:, None] + offs_n[None, :]
-        w = tl.load(w_ptrs, mask=mask_a[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+    offs_a = offs_k.to(tl.int64) * stride_xc
+    if not X_LAST:
+        offs_a = tl.multiple_of(offs_a, X_VEC)
+    column = within(offs_n, TAPS * B, OUT_VEC)
+    if SUM_LAST:
+        w_ptrs = w_ptr + (column.to(tl.int64) * A)[None, :] + offs_k[:, None]
+        stride_wa = 1
+    else:
+        w_ptrs = w_ptr + (offs_k.to(tl.int64) * (TAPS * B))[:, None] + column[None, :]
+        stride_wa = TAPS * B.to(INDEX)
+    none = 0, 0, 0
+    blocks = tl.cdiv(A, BLOCK_K)
+    acc = walk(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
+        x_ptr + outer_sum(offs_x, offs_a, X_LAST),
+        w_ptrs,
+        make_jumps(BLOCK_K, stride_xc, none, none, none, blocks, INDEX),
+        make_jumps(BLOCK_K, stride_wa, none, none, none, blocks, INDEX),
+        (i_d, i_h, i_w),
+        none,
+        none,
+        (1, 1, 1),
+        A,
+        NDIM,
+        NDIM,
+        False,
+        False,
+        (1, 1, 1),
+        EVEN,
+        X_LAST,
+        X_VEC,
+        IN_VEC if SUM_LAST else OUT_VEC,
+        PRECISION,
+        UPCAST,
+        BLOCK_K,
+    )
 
     ow = i_w * KW
     if ACROSS > 1:

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, outer_and, outer_sum, rows_by_columns, unravel
+from ..tile import element_offset, outer_and, outer_sum, unravel
 from . import zones
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
+from .walk import make_jumps, walk, within
 
 COLUMNS = tl.constexpr(zones.COLUMNS)
 
@@ -50,6 +51,7 @@ def conv_zones_kernel(
     TABLE_ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SUM_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -99,7 +101,7 @@ def conv_zones_kernel(
     n, qd, qh, qw = unravel(pixel, QD, QH, QW, NDIM)
     mask_m = n < N
     offs_x = element_offset(
-        n,
+        tl.minimum(n, N - 1),
         first_d + stride_d * qd,
         first_h + stride_h * qh,
         first_w + stride_w * qw,
@@ -116,32 +118,48 @@ def conv_zones_kernel(
     x_ptr += group * C * stride_xc
     w_ptr += group * (C if TRANSPOSED else channels) * stride_wa
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    column = within(offs_n, channels, OUT_VEC)
+    if not TRANSPOSED:
+        w_ptrs = w_ptr + (column.to(tl.int64) * stride_wa)[None, :] + (first_tap + offs_k)[:, None]
+        stride_wc = 1
+        stride_wr = W_VEC
+    elif SUM_LAST:
+        w_ptrs = w_ptr + ((first_tap + column) * C)[None, :] + offs_k[:, None]
+        stride_wc = 1
+        stride_wr = W_VEC * C.to(INDEX)
+    else:
+        w_ptrs = w_ptr + (offs_k.to(tl.int64) * stride_wa + first_tap)[:, None] + column[None, :]
+        stride_wc = stride_wa
+        stride_wr = W_VEC
     blocks = tl.cdiv(C, BLOCK_K)
-    for step in range(0, taps_d * taps_h * taps_w * blocks):
-        tap = step // blocks
-        c = (step % blocks) * BLOCK_K + offs_k
-        mask_c = c < C
-        jd = tap // (taps_h * taps_w)
-        jh = tap // taps_w % taps_h
-        jw = tap % taps_w
-        offs_tap = element_offset(
-            tap * 0, jd * hop_d, jh * hop_h, jw * hop_w, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC
-        )
-        x = tl.load(
-            x_ptr + outer_sum(offs_x + offs_tap, c.to(tl.int64) * stride_xc, X_LAST),
-            mask=outer_and(mask_m, mask_c, X_LAST),
-            other=0.0,
-        )
-        offs_w = first_tap + (jd * hop_wd + jh * hop_wh + jw * hop_ww) * W_VEC
-        if not TRANSPOSED:
-            w_ptrs = w_ptr + (offs_n.to(tl.int64) * stride_wa)[None, :] + (offs_w + c)[:, None]
-        elif SUM_LAST:
-            w_ptrs = w_ptr + ((offs_w + offs_n) * C)[None, :] + c[:, None]
-        else:
-            w_ptrs = w_ptr + (c.to(tl.int64) * stride_wa + offs_w)[:, None] + offs_n[None, :]
-        w = tl.load(w_ptrs, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+    taps = taps_d, taps_h, taps_w
+    hops = hop_d, hop_h, hop_w
+    x_strides = stride_xd, stride_xh, stride_xw
+    w_strides = stride_wr, stride_wr, stride_wr
+    acc = walk(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
+        x_ptr + outer_sum(offs_x, offs_k.to(tl.int64) * stride_xc, X_LAST),
+        w_ptrs,
+        make_jumps(BLOCK_K, stride_xc, hops, x_strides, taps, blocks, INDEX),
+        make_jumps(BLOCK_K, stride_wc, (hop_wd, hop_wh, hop_ww), w_strides, taps, blocks, INDEX),
+        (qd, qh, qw),
+        hops,
+        (QD, QH, QW),
+        taps,
+        C,
+        NDIM,
+        NDIM,
+        True,
+        False,
+        (1, 1, 1),
+        EVEN,
+        X_LAST,
+        X_VEC,
+        OUT_VEC if TRANSPOSED and not SUM_LAST else IN_VEC,
+        PRECISION,
+        UPCAST,
+        BLOCK_K,
+    )
 
     channel = branch_channel + group * channels + offs_n
     offs_y = element_offset(

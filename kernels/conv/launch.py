@@ -72,9 +72,17 @@ def block_constants(config: ConvConfig) -> dict[str, int]:
     }
 
 
-def index_dtype(pixels: int) -> tl.dtype:
+def index_dtype(*numbers: int) -> tl.dtype:
+    """Of what counts pixels, or elements from one step to the next, as many as `numbers`."""
     # A tile's pixel indices run past the last pixel, by less than any tile: stay clear of the limit by 2^16.
-    return tl.int64 if pixels > 2**31 - 2**16 else tl.int32
+    return tl.int64 if max(numbers) > 2**31 - 2**16 else tl.int32
+
+
+def reach(access: Access, kernel: Sequence[int], dilation: Sequence[int]) -> int:
+    """No two elements that one output pixel sums up lie further apart."""
+    _, stride_c, *strides = access.strides
+    taps = zip(three(kernel, 1), three(dilation, 1), strides, strict=True)
+    return access.channels * stride_c + sum(k * d * stride for k, d, stride in taps)
 
 
 def _in_order(kernel: Sequence[int], geometry: Geometry, x: Layout, y: Layout) -> bool:
@@ -216,7 +224,8 @@ def plan_apply(
     constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "FLATTEN": flatten,
         "PADDED": _padded(kernel, geometry, x, y),
-        "INDEX": index_dtype(pixels),
+        "EVEN": b % config.block_k == 0,
+        "INDEX": index_dtype(pixels, reach(access_x, kernel, geometry.dilation), math.prod(weight)),
     }
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not flatten and (found := _worthwhile_zones(x, weight, y, geometry, config, False)):
@@ -297,7 +306,8 @@ def plan_apply_transposed(
         phases,
         access.is_channels_last(access_x, access_y),
     )
-    constants["INDEX"] = index_dtype(rows * across)
+    constants["EVEN"] = a % config.block_k == 0
+    constants["INDEX"] = index_dtype(rows * across, reach(access_x, kernel, geometry.dilation), math.prod(weight))
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     if not scatter and (found := _worthwhile_zones(x, weight, y, geometry, config, True)):
         note = _zones_note(found, geometry, y.shape[2:], True)

@@ -66,7 +66,11 @@ def plan_pyramid(
     one = (1,) * len(size)
     sides = access_x, access_y
     constants = launch.layer_constants(one, Geometry(one, one, one, 1), in_channels, math.gcd(*widths), *sides)
-    constants["INDEX"] = launch.index_dtype(pixels)
+    constants["EVEN"] = in_channels % config.block_k == 0
+    furthest = (
+        launch.reach(access_x, weight[2:], dilation) for weight, dilation in zip(weights, dilations, strict=True)
+    )
+    constants["INDEX"] = launch.index_dtype(pixels, *furthest)
     constants |= launch.dtype_constants(dtype, tf32) | launch.block_constants(config)
     met = sum(zone.taps * zone.pixels for branch in branches for zone in branch.zones)
     share = met / math.prod(size) / sum(math.prod(weight[2:]) for weight in weights)

@@ -41,12 +41,18 @@ def element_offset(
 
 
 @triton.jit
+def inside(index, SIZE):
+    """0 <= index < SIZE, in one comparison."""
+    return index.to(tl.uint32) < tl.cast(SIZE, tl.uint32)
+
+
+@triton.jit
 def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
-    mask = (w >= 0) & (w < W)
+    mask = inside(w, W)
     if NDIM >= 2:
-        mask = mask & (h >= 0) & (h < H)
+        mask = mask & inside(h, H)
     if NDIM == 3:
-        mask = mask & (d >= 0) & (d < D)
+        mask = mask & inside(d, D)
     return mask
 
 

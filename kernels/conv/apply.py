@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
+from ..tile import element_offset, outer_and, outer_sum, unravel
 from .tile import CHANNEL_STRIDES, RUNTIME, store_tile
-from .walk import make_jumps, walk, within
+from .walk import make_jumps, walk, walk_flat, within
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -102,30 +102,30 @@ def conv_apply_kernel(
     x_ptr += offs_group
     offs_w = (group * A + within(offs_a, A, OUT_VEC)) * (TAPS * B)
 
+    strides = stride_xd, stride_xh, stride_xw
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if FLATTEN:
-        for k0 in range(0, TAPS * B, BLOCK_K):
-            k = k0 + offs_k
-            tap = k // B
-            b = k % B
-            rd = (tap // (KH * KW)) * DD
-            rh = (tap // KW % KH) * DH
-            rw = (tap % KW) * DW
-            mask_k = k < TAPS * B
-            mask_x = outer_and(mask_m, mask_k, X_LAST)
-            if PADDED:
-                d = outer_sum(id0, rd, X_LAST)
-                h = outer_sum(ih0, rh, X_LAST)
-                w = outer_sum(iw0, rw, X_LAST)
-                mask_x = mask_x & in_bounds(d, h, w, ID, IH, IW, NDIM)
-            offs_tap = element_offset(b * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
-            offs_tap += b.to(tl.int64) * stride_xc
-            x = tl.load(x_ptr + outer_sum(offs_x, offs_tap, X_LAST), mask=mask_x, other=0.0)
-            w = tl.load(w_ptr + offs_w[None, :] + k[:, None], mask=mask_k[:, None] & mask_a[None, :], other=0.0)
-            acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        acc = walk_flat(
+            acc,
+            x_ptr + offs_x,
+            w_ptr + offs_w,
+            stride_xc,
+            strides,
+            (id0, ih0, iw0),
+            (DD, DH, DW),
+            (ID, IH, IW),
+            B,
+            NDIM,
+            PADDED,
+            (KD, KH, KW),
+            X_LAST,
+            INDEX,
+            PRECISION,
+            UPCAST,
+            BLOCK_K,
+        )
     else:
         blocks = tl.cdiv(B, BLOCK_K)
-        strides = stride_xd, stride_xh, stride_xw
         offs_b = offs_k.to(tl.int64) * stride_xc
         if not X_LAST:
             offs_b = tl.multiple_of(offs_b, X_VEC)

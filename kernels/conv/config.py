@@ -50,8 +50,8 @@ def choose_config(
 
     `tensor_cores` is False for IEEE fp32, which multiplies on the plain units from registers and so wants
     small tiles. `wide` is False where the operands can't be read several elements at once (odd channel counts, few
-    channels in NCHW): then every element has an address of its own in registers, and a large tile spills. So does a
-    large tile of few warps that is not `channels_last` on all sides.
+    channels in NCHW): then every element has an address of its own in registers, and the largest tiles spill. So does
+    a large tile of few warps that is not `channels_last` on all sides.
     """
     if itemsize == 8:
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
@@ -59,18 +59,18 @@ def choose_config(
     least = device.matrix_columns
     if not tensor_cores:
         return ConvConfig(_block(m, 16, 64 if wide else 32), _block(n, least, 32), 16, 4, 3)
-    block_n = _block(n, least, 128)
-    if not wide:
-        if block_n == 8:
-            # As few columns leave registers for more rows; a warp's instruction has 16 of them.
-            block_m = _thrifty_block(m, 16, 128)
-            return ConvConfig(block_m, 8, 16, block_m // 16, 3)
-        return ConvConfig(_block(m, 16, 64), min(block_n, 32), 16, 8, 3)
-    block_k = _thrifty_block(k, 16, 128 // itemsize)
+    block_n = _block(n, least, 128 if wide else 64)
+    if not wide and block_n == 8:
+        # As few columns leave registers for more rows; a warp's instruction has 16 of them.
+        block_m = _thrifty_block(m, 16, 128)
+        return ConvConfig(block_m, 8, 16, block_m // 16, 3)
     block_m = _block(m, 16, 128)
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
     while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:
         block_m //= 2
+    if not wide:
+        return ConvConfig(block_m, block_n, 16, 8, 3)
+    block_k = _thrifty_block(k, 16, 128 // itemsize)
     num_warps = 8 if block_m * block_n >= (128 * 128 if channels_last else 64 * 128) else 4
     stage = (block_m + block_n) * block_k * itemsize
     num_stages = min(4 if itemsize == 2 else 3, device.shared_memory // stage)

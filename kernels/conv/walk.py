@@ -8,7 +8,7 @@ pixel, and rows and columns that are not stored read what is anywhere near inste
 import triton
 import triton.language as tl
 
-from ..tile import dot, in_bounds, outer_and, rows_by_columns
+from ..tile import dot, in_bounds, inside, outer_and, outer_sum, rows_by_columns
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _meeting_along(start, hop, SIZE, taps, run, MOST: tl.constexpr):
     """Bit j run for every tap j < taps of one axis for which start + hop j is a pixel."""
     bits = (start * 0).to(tl.int32)
     for j in tl.static_range(MOST):  # pyright: ignore[reportGeneralTypeIssues]
-        meets = ((start + j * hop).to(tl.uint32) < SIZE.to(tl.uint32)) & (j < taps)
+        meets = inside(start + j * hop, SIZE) & (j < taps)
         bits |= meets.to(tl.int32) << (j * run)
     return bits
 
@@ -82,6 +82,15 @@ def _meeting_taps(pixel, hops, sizes, taps, NDIM: tl.constexpr, MOST: tl.constex
     if NDIM == 3:
         bits *= _meeting_along(pixel[0], hops[0], sizes[0], taps[0], taps[1] * taps[2], MOST[0])
     return bits
+
+
+@triton.jit
+def _meets(bits, count, pixel, tap, hops, sizes, NDIM: tl.constexpr, BITS: tl.constexpr):
+    """Whether a tap, given by its count and along each axis, meets an input pixel."""
+    if BITS:
+        return (bits >> count) & 1 != 0
+    d, h, w = pixel[0] + tap[0] * hops[0], pixel[1] + tap[1] * hops[1], pixel[2] + tap[2] * hops[2]
+    return in_bounds(d, h, w, sizes[0], sizes[1], sizes[2], NDIM)
 
 
 @triton.jit
@@ -126,11 +135,8 @@ def walk(
     for _ in range(0, taps[0] * taps[1] * taps[2] * tl.cdiv(C, BLOCK_K)):
         mask_k = offs_k < (BLOCK_K if EVEN else C - c)
         meets = tl.full(pixel[2].shape, True, tl.int1)
-        if PADDED and BITS:
-            meets = (bits >> tap[3]) & 1 != 0
-        elif PADDED:
-            d, h, w = pixel[0] + tap[0] * hops[0], pixel[1] + tap[1] * hops[1], pixel[2] + tap[2] * hops[2]
-            meets = in_bounds(d, h, w, sizes[0], sizes[1], sizes[2], NDIM)
+        if PADDED:
+            meets = _meets(bits, tap[3], pixel, tap, hops, sizes, NDIM, BITS)
         x = tl.load(x_ptrs + x_offset, mask=outer_and(meets, mask_k, X_LAST), other=0.0)
         w = tl.load(w_ptrs + w_offset, mask=mask_k[:, None], other=0.0)
         acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
@@ -142,4 +148,68 @@ def walk(
             c += BLOCK_K
             x_offset += tl.multiple_of(x_jumps[0], X_VEC)
             w_offset += tl.multiple_of(w_jumps[0], W_VEC)
+    return acc
+
+
+@triton.jit
+def _rows(values, COLUMNS_INNER: tl.constexpr):
+    """One value for each row of a tile of `outer_sum`."""
+    return values[:, None] if COLUMNS_INNER else values[None, :]
+
+
+@triton.jit
+def _columns(values, COLUMNS_INNER: tl.constexpr):
+    return values[None, :] if COLUMNS_INNER else values[:, None]
+
+
+@triton.jit
+def walk_flat(
+    acc,  # [BLOCK_M, BLOCK_N]
+    x_ptrs,  # [BLOCK_M]: first channel of the first tap
+    w_ptrs,  # [BLOCK_N]
+    stride_c,
+    strides,  # of the input, along each axis
+    pixel,
+    hops,
+    sizes,
+    C,
+    NDIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAPS: tl.constexpr,
+    X_LAST: tl.constexpr,
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same by blocks of the flat (tap, channel) index, for fewer channels than BLOCK_K: no term is wasted."""
+    COUNT: tl.constexpr = TAPS[0] * TAPS[1] * TAPS[2]
+    bits = pixel[2]
+    if PADDED and COUNT <= 32:
+        bits = _meeting_taps(pixel, hops, sizes, TAPS, NDIM, TAPS)
+    for k0 in range(0, COUNT * C, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = k < COUNT * C
+        count = k // C
+        jd, jh, jw = count // (TAPS[1] * TAPS[2]), count // TAPS[2] % TAPS[1], count % TAPS[2]
+        offs = k % C * tl.cast(stride_c, INDEX) + jw * hops[2] * tl.cast(strides[2], INDEX)
+        if NDIM >= 2:
+            offs += jh * hops[1] * tl.cast(strides[1], INDEX)
+        if NDIM == 3:
+            offs += jd * hops[0] * tl.cast(strides[0], INDEX)
+        mask_x = outer_and(tl.full(x_ptrs.shape, True, tl.int1), mask_k, X_LAST)
+        if PADDED:
+            mask_x &= _meets(
+                _rows(bits, X_LAST),
+                _columns(count, X_LAST),
+                (_rows(pixel[0], X_LAST), _rows(pixel[1], X_LAST), _rows(pixel[2], X_LAST)),
+                (_columns(jd, X_LAST), _columns(jh, X_LAST), _columns(jw, X_LAST)),
+                hops,
+                sizes,
+                NDIM,
+                COUNT <= 32,
+            )
+        x = tl.load(outer_sum(x_ptrs, offs, X_LAST), mask=mask_x, other=0.0)
+        w = tl.load(w_ptrs[None, :] + k[:, None], mask=mask_k[:, None], other=0.0)
+        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
     return acc

@@ -1,7 +1,9 @@
-"""How many programs run on one multiprocessor at once, from what the compiler reports."""
+"""What the compiler's report says about speed: programs that run on a multiprocessor at once, and instructions issued
+beside its products."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,15 +19,20 @@ class Multiprocessor(NamedTuple):
     programs: int
     shared: int  # bytes
     reserved: int  # bytes of it that every program costs on top
+    products: int  # multiply-adds of dense 16-bit matrices in a cycle
+
+
+SCHEDULERS = 4  # of a multiprocessor: each issues one instruction in a cycle, of one of its warps
 
 
 # CUDA C++ Programming Guide, table of technical specifications per compute capability; AMD Instinct MI300 ISA
-# reference: 512 vector registers a lane of each of 4 SIMDs, 8 waves a SIMD.
+# reference: 512 vector registers a lane of each of 4 SIMDs, 8 waves a SIMD. Products from the data sheets' dense bf16
+# rates (A100 312, H100 989, B200 2250, MI300X 1307 TFLOP/s) over multiprocessors and boost clock.
 MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(65536, 256, 32, 64, 32, 164 * 1024, 1024),
-    "sm_90": Multiprocessor(65536, 256, 32, 64, 32, 228 * 1024, 1024),
-    "sm_100": Multiprocessor(65536, 256, 32, 64, 32, 228 * 1024, 1024),
-    "gfx942": Multiprocessor(4 * 512 * 64, 8 * 64, 64, 32, 16, 64 * 1024, 0),
+    "sm_80": Multiprocessor(65536, 256, 32, 64, 32, 164 * 1024, 1024, 1024),
+    "sm_90": Multiprocessor(65536, 256, 32, 64, 32, 228 * 1024, 1024, 2048),
+    "sm_100": Multiprocessor(65536, 256, 32, 64, 32, 228 * 1024, 1024, 4096),
+    "gfx942": Multiprocessor(4 * 512 * 64, 8 * 64, 64, 32, 16, 64 * 1024, 0, 1024),
 }
 
 
@@ -33,11 +40,25 @@ def programs_per_multiprocessor(line: Mapping[str, str]) -> int:
     """An estimate from a row of the cross-compilation table: the least of what registers, warps and shared memory
     leave room for. Barriers, and how the SIMDs of a compute unit share the warps, are left out."""
     unit = MULTIPROCESSORS[line["target"]]
-    found = re.search(r" w(\d+) ", line["tile"])
-    if found is None:
-        raise ValueError(f"no number of warps in the tile {line['tile']!r}")
-    warps = int(found.group(1))
+    warps = _warps(line)
     a_warp = -(-max(int(line["registers"]), 1) * unit.warp_size // unit.register_unit) * unit.register_unit
     by_registers = unit.registers // a_warp // warps
     by_shared = unit.shared // max(int(line["shared"]) + unit.reserved, 1)
     return min(by_registers, unit.warps // warps, by_shared, unit.programs)
+
+
+def _warps(line: Mapping[str, str]) -> int:
+    found = re.search(r" w(\d+) ", line["tile"])
+    if found is None:
+        raise ValueError(f"no number of warps in the tile {line['tile']!r}")
+    return int(found.group(1))
+
+
+def issue_share(line: Mapping[str, str]) -> float | None:
+    """Cycles in which a step of the main loop is issued, over the cycles of its products: above 1 the matrix units
+    wait for instructions, whatever else is right. None where no tile says how many products a step has."""
+    blocks = line["tile"].split()[0].split("x")
+    if len(blocks) != 3 or not line["matrix_instruction"]:
+        return None
+    rate = MULTIPROCESSORS[line["target"]].products / (1 if line["dtype"] == "bf16" else 2)
+    return int(line["loop"]) * _warps(line) / SCHEDULERS / (math.prod(map(int, blocks)) / rate)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..models.training.checkpoint import atomic_path
 from .case import BASELINE, OURS, Case, Result, Variant
-from .occupancy import programs_per_multiprocessor
+from .occupancy import issue_share, programs_per_multiprocessor
 from .timing import Ceilings, Timing
 
 RESULTS = Path(__file__).parent / "results"
@@ -288,14 +288,17 @@ def compiled_table(path: Path) -> Table:
             if kept is None or weight > (int(kept["spills"]), int(kept["registers"])):
                 heaviest[key] = line
     table = Table(
-        title=f"{path.stem}: the heaviest tile of each kernel, as compiled, not run; "
-        "programs that fit on a multiprocessor at once"
+        title=f"{path.stem}: the heaviest tile of each kernel, as compiled, not run; instructions in its main loop; "
+        "cycles to issue them over cycles of its products; programs that fit on a multiprocessor at once"
     )
-    columns = ("kernel", "target", "dtype", "tile", "registers", "spills", "shared", "matrix_instruction")
+    columns = ("kernel", "target", "dtype", "tile", "registers", "spills", "shared", "matrix_instruction", "loop")
     for column in columns:
-        table.add_column(column, justify="right" if column in ("registers", "spills", "shared") else "left")
-    table.add_column("programs", justify="right")
+        table.add_column(column, justify="right" if column in ("registers", "spills", "shared", "loop") else "left")
+    for column in ("issue", "programs"):
+        table.add_column(column, justify="right")
     for key in sorted(heaviest):
         line = heaviest[key]
-        table.add_row(*(line[column] for column in columns), str(programs_per_multiprocessor(line)))
+        issue = issue_share(line)
+        shown = "" if issue is None else f"{issue:.2f}"
+        table.add_row(*(line[column] for column in columns), shown, str(programs_per_multiprocessor(line)))
     return table

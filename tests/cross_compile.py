@@ -1,8 +1,9 @@
 """Compile a Triton kernel for a GPU that isn't there, and read what the compiler reports about it.
 
 `Compilation.run` needs no GPU: it gives the registers, spills, shared memory and tensor-core instructions of one
-kernel, configuration and target. Triton interprets or compiles as TRITON_INTERPRET says when it is imported, so this
-module runs in a process of its own. For the shipped kernels and the Triton that is installed:
+kernel, configuration and target, and the length of its main loop. Triton interprets or compiles as TRITON_INTERPRET
+says when it is imported, so this module runs in a process of its own. For the shipped kernels and the Triton that is
+installed:
 
     TRITON_INTERPRET=0 python -m tests.cross_compile sm_90            the table of one target as CSV
     TRITON_INTERPRET=0 python -m tests.cross_compile --write          the committed table of all targets, written anew
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
+
+from .machine_code import loop_length
 
 
 class Target(NamedTuple):
@@ -83,6 +86,7 @@ class Compiled:
     spills: int
     shared: int
     matrix_instruction: str
+    loop: int  # instructions in the longest innermost loop
     key: str  # of all that the compilation depends on
 
 
@@ -155,6 +159,7 @@ class Compilation:
             spills,
             compiled.metadata.shared,
             _matrix_instruction(compiled),
+            loop_length(compiled),
             self.key,
         )
 
@@ -166,7 +171,7 @@ def write_table(rows: list[Compiled], file: TextIO) -> None:
 
 
 def read_table(path: Path) -> list[Compiled]:
-    numbers = {"registers", "spills", "shared"}
+    numbers = {"registers", "spills", "shared", "loop"}
     with path.open(newline="") as file:
         return [
             Compiled(**{name: int(value) if name in numbers else value for name, value in line.items()})  # pyright: ignore[reportArgumentType]

@@ -8,12 +8,14 @@ since is not compiled again, except for one row of each kernel and target.
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from backstride.bench.occupancy import issue_share
 
 from .cross_compile import MATRIX_INSTRUCTIONS, TARGETS, Compiled, read_table, table_path, trusted_rows
+from .machine_code import AMD, NVIDIA, longest_loop
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +103,18 @@ def test_products_run_on_the_matrix_units(compiled):
         assert row.matrix_instruction in MATRIX_INSTRUCTIONS, row
 
 
+def test_products_outlast_the_instructions_beside_them(compiled):
+    """Of full tiles on Hopper: while the matrix units work on one step, the rest of it is issued."""
+    _, target, rows = compiled
+    if target != "sm_90":
+        pytest.skip("the tiles are made for Hopper")
+    for row in rows:
+        blocks = [int(block) for block in row.tile.split()[0].split("x")]
+        if row.kernel.startswith("conv") and min(blocks) >= {"bf16": 64, "tf32": 32}.get(row.dtype, 256):
+            share = issue_share({name: str(value) for name, value in asdict(row).items()})
+            assert share is not None and share < 1, row
+
+
 def test_figures_are_the_committed_ones(compiled):
     _, target, rows = compiled
     path = table_path()
@@ -111,7 +125,24 @@ def test_figures_are_the_committed_ones(compiled):
 
 
 def test_one_row_of_each_kernel_and_target_is_never_trusted():
-    light = Compiled("sm_90", "kernel", "a case", "bf16", "64x64 w4 s3", 90, 0, 1024, "wgmma", "key 1")
+    light = Compiled("sm_90", "kernel", "a case", "bf16", "64x64 w4 s3", 90, 0, 1024, "wgmma", 100, "key 1")
     heavy = replace(light, case="another", registers=200, key="key 2")
     elsewhere = replace(heavy, target="sm_80")
     assert trusted_rows([light, heavy, elsewhere]) == {("sm_90", "key 1"): light}
+
+
+def test_loops_are_found_in_both_assemblies():
+    nvidia = """
+.L_x_0:
+        /*0000*/                   IMAD.WIDE R2, R3, 0x2, R4 ;
+.L_x_1:
+        /*0010*/                   LDG.E R0, [R2] ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+"""
+    step = "        /*0030*/                   FADD R1, R1, R0 ;\n"
+    branch = "        /*0040*/               @P0 BRA `(.L_x_0) ;\n"
+    assert longest_loop(nvidia, NVIDIA) == []  # a wait
+    assert len(longest_loop(nvidia + 20 * step + branch, NVIDIA)) == 3 + 20 + 1
+    amd = ".LBB0_1:\n" + 20 * "\tv_add_f32 v1, v1, v0\n" + "\t; a comment\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+    assert len(longest_loop(amd, AMD)) == 21
+    assert longest_loop(amd.replace(".LBB0_1\n", ".LBB0_2\n"), AMD) == []

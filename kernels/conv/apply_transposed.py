@@ -189,7 +189,7 @@ def conv_apply_transposed_kernel(
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_scatter_kernel(
     x_ptr,  # (N, groups * A, ID, IH, IW)
-    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, KD * KH, B, KW); with SUM_LAST A is last
+    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, B, KD * KH * KW); with SUM_LAST A is last
     bias_ptr,  # (groups * B,)
     residual_ptr,  # as y
     y_ptr,  # (N, groups * B, OD, OH, OW)
@@ -318,8 +318,11 @@ def conv_scatter_kernel(
         mask_m = tl.max_constancy(n < N, Y_RUN)
         offs_n = pid_n * (BLOCK_N // KW) + tl.arange(0, BLOCK_N // KW)
         mask_n = offs_n < KD * KH * B
-    tap = offs_n // B * ACROSS
-    channel = group * B + offs_n % B
+        tap = offs_n % (KD * KH) * KW
+        channel = group * B + offs_n // (KD * KH)
+    else:
+        tap = offs_n // B
+        channel = group * B + offs_n % B
     rd = tap // (KH * KW) - PAD_D
     rh = tap // KW % KH - PAD_H
     rw = tap % KW - PAD_W

@@ -46,8 +46,8 @@ class ConvPlan(Plan):
 
 
 def channels_innermost(weight: Sequence[int]) -> tuple[int, ...]:
-    """The axes (A, *kernel, B): a weight in channels_last lies so already."""
-    return (0, *range(2, len(weight)), 1)
+    """The axes (A, *kernel, B): a weight in channels_last lies so already, and one of a single tap any way."""
+    return (0, *range(2, len(weight)), 1) if math.prod(weight[2:]) > 1 else tuple(range(len(weight)))
 
 
 def dtype_constants(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
@@ -276,9 +276,7 @@ def plan_apply_transposed(
         across, access_y = kernel[-1], access.write_rows(y)
     # Hopper's matrix units take 32-bit operands only with neighbouring terms of the sum side by side.
     sum_last = tf32 and dtype == torch.float32 and geometry.groups == 1
-    axes = channels_innermost(weight)
-    if across > 1:
-        axes = (*axes[:-2], axes[-1], axes[-2])
+    axes = channels_innermost(weight) if across == 1 else tuple(range(len(weight)))
     if sum_last:
         axes = (*axes[1:], 0)
     constants = layer_constants(kernel, geometry, a, b, access_x, access_y) | {"SUM_LAST": sum_last}
@@ -435,11 +433,13 @@ def _launch_forward(
         x = to_channels_last(x)
     if plan.mirrored:
         weight = mirror_weight(weight, geometry.groups)
+    if plan.axes[1] != 1:
+        weight = weight.permute(plan.axes)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(
             x,
-            weight.permute(plan.axes).contiguous(),
+            weight.contiguous(),
             bias,
             residual,
             y,

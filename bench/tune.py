@@ -52,11 +52,11 @@ def _rnn(hidden: int) -> list[RnnConfig]:
 
 def _pool(shipped: PoolConfig) -> list[PoolConfig]:
     return [
-        PoolConfig(block, num_warps, unroll)
-        for block in (128, 256, 512, 1024)
+        PoolConfig(lanes, num_warps, unroll)
+        for lanes in (64, 128, 256, 512)
         for num_warps in (1, 2, 4, 8)
         for unroll in sorted({1, shipped.unroll})
-        if block >= 32 * num_warps
+        if lanes >= 32 * num_warps
     ]
 
 

@@ -5,18 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
+def divide(value, by):
+    """Quotient and remainder of a value of at least 0: without signs, a division takes half the instructions."""
+    unsigned: tl.constexpr = tl.uint64 if value.dtype == tl.int64 else tl.uint32
+    by = tl.cast(by, unsigned)
+    quotient = value.to(unsigned) // by
+    return quotient.to(value.dtype), (value.to(unsigned) - quotient * by).to(value.dtype)
+
+
+@triton.jit
 def unravel(pixel, D, H, W, NDIM: tl.constexpr):
     """Flat pixel index over (n, d, h, w), w fastest, to its four coordinates."""
-    w = pixel % W
-    n = pixel // W
+    n, w = divide(pixel, W)
     h = w * 0
     d = w * 0
     if NDIM >= 2:
-        h = n % H
-        n = n // H
+        n, h = divide(n, H)
     if NDIM == 3:
-        d = n % D
-        n = n // D
+        n, d = divide(n, D)
     return n, d, h, w
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     ("V-Net 3x3x3 s2", (2, 32, 64, 64, 64), Windows((3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))),
     ("SPP 13x13 s1", (8, 512, 13, 13), Windows((13, 13), (1, 1), (6, 6), (1, 1))),
 ]
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
 
 
@@ -37,25 +38,24 @@ def cases(target: Target) -> Iterator[Case]:
         for channels_last in (False, True):
             if channels_last and len(shape) == 3:
                 continue
-            image = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            if channels_last:
-                image = image.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+            memory_format = CHANNELS_LAST[len(shape)] if channels_last else torch.contiguous_format
+            image = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=memory_format)
+            size = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(shape[2:], *windows, strict=True)]
+            pooled = image.new_empty((*shape[:2], *size)).to(memory_format=memory_format)
             for offsets in (True, False):
                 index = torch.empty(0, dtype=torch.uint8 if offsets else torch.int64, device="meta")
-                shared = launch.constants_of(windows, image, image, index) | options
-                reduction = launch.reduction_constants(windows, image)
-                for kernel, extra in (
-                    (pool.max_pool_kernel, reduction),
-                    (pool.spread_kernel, reduction | {"SUM": True}),
-                    (pool.pick_kernel, {}),
+                for kernel, constants in (
+                    (pool.max_pool_kernel, launch.pool_constants(windows, image, pooled, index)),
+                    (pool.spread_kernel, launch.spread_constants(windows, pooled, image, index, True)),
+                    (pool.pick_kernel, launch.pick_constants(windows, image, pooled, index)),
                 ):
-                    constants = shared | extra
+                    constants |= options
                     signature = _signature(kernel, constants, "*u8" if offsets else "*i64")
                     layout = "channels_last" if channels_last else "contiguous"
                     places = "offsets" if offsets else "indices"
                     yield Case(kernel, signature, constants, f"{name}, {layout}, {places}", "bf16")
     for kernel in (pool.claim_kernel, pool.fill_kernel):
-        constants = launch.block_constants(1) | options
+        constants = {"BLOCK": 512, "num_warps": 4} | options
         yield Case(kernel, _signature(kernel, constants, "*i64"), constants, "any", "bf16")
 
 

@@ -89,7 +89,7 @@ CASES = [
     (bench_conv.case(ATROUS, "forward", torch.float32), ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
     (bench_pyramid.cases(True, True)[0], ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
     (bench_conv.case(UP, "forward", torch.float32), DepthwiseConfig(True, 4, 2, 8, 1, 1, 4, 1), "COLS", 8),
-    (bench_pool.cases(True, True)[0], PoolConfig(128, 1, 1), "BLOCK", 128),
+    (bench_pool.cases(True, True)[0], PoolConfig(128, 1, 1), "LANES", 128),
 ]
 
 

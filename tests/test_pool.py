@@ -288,9 +288,10 @@ def test_large_strides_and_counts(monkeypatch, device):
     x = torch.empty(2 * gap + 64, dtype=torch.float16, device=device).as_strided((3, 1, 8, 8), (gap, 64, 8, 1))
     x.copy_(torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     expected = F.max_pool2d(x.float().contiguous(), 2, return_indices=True)
-    constants_of = launch.constants_of
-    for counted in (constants_of, lambda *arguments: constants_of(*arguments) | {"INDEX": tl.int64}):
-        monkeypatch.setattr(launch, "constants_of", counted)
+    constants = launch._constants
+    for counted in (constants, lambda *arguments: constants(*arguments) | {"INDEX": tl.int64}):
+        monkeypatch.setattr(launch, "_constants", counted)
+        launch._plan.cache_clear()
         y, indices = fused.max_pool2d(x, 2, return_indices=True)
         assert torch.equal(y.float(), expected[0]) and torch.equal(indices, expected[1])
         back = torch.full((3, 1, 8, 8), torch.nan, device=device)
@@ -299,6 +300,7 @@ def test_large_strides_and_counts(monkeypatch, device):
         picked = torch.full_like(y, torch.nan)
         kernels.pick(x, indices, picked, Windows((2, 2), (2, 2), (0, 0), (1, 1)))
         assert torch.equal(picked, y)
+    launch._plan.cache_clear()
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -382,9 +384,10 @@ def test_whole_numbers_take_torchs_way():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_offsets_are_stored_several_at_once(target):
-    """A byte for each store would cost eight times the instructions: the assembly has 4 (AMD: 2) offsets in each, and 4
-    (2) values; and where channels come last, the pooling's loads are as wide."""
+def test_neighbours_are_loaded_and_stored_at_once(target):
+    """One store of an element, or one load, would cost eight times the instructions: a lane's eight bf16 values are one
+    access of 16 bytes and its offsets one of 8 (AMD, whose warps are wider, halves a lane of the pooling). Only what
+    `pick` reads lies anywhere."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.cross_compile_pool", target],
         cwd=Path(__file__).parents[1],
@@ -395,10 +398,58 @@ def test_offsets_are_stored_several_at_once(target):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert len(found) == 6
-    narrow, wide = ("global_store_short", "global_store_dword"), ("st.global.b32", "st.global.v2.b32")
-    offsets, values = narrow if target == "gfx942" else wide
+    nvidia = {4: "b32", 8: "v2.b32", 16: "v4.b32"}
+    amd = {4: "dword", 8: "dwordx2", 16: "dwordx4"}
+    name = (
+        (lambda kind, size: f"global_{kind}_{amd[size]}")
+        if target == "gfx942"
+        else (lambda kind, size: f"{kind[0]}{'d' if kind == 'load' else 't'}.global.{nvidia[size]}")
+    )
+    half = 2 if target == "gfx942" else 1
     for case, instructions in found.items():
-        wanted = [offsets, values] if case.startswith("max_pool_kernel") else [values]
-        assert instructions["store"] == sorted(wanted), case
-        if case == "max_pool_kernel, SegNet 2x2, channels_last, offsets":
-            assert instructions["load"] == [values.replace("st.", "ld.").replace("store", "load")]
+        pooling = case.startswith("max_pool_kernel")
+        stored = [8 // half, 16 // half] if pooling else [16]
+        assert instructions["store"] == sorted(name("store", size) for size in stored), case
+        if not case.startswith("pick_kernel"):
+            assert set(instructions["load"]) <= {name("load", size) for size in (8, 16)}, case
+
+
+# Kernel, stride, padding, dilation: side by side of 2 and 4 pixels, with gaps, overlaps and holes, over the edges.
+LANES = [
+    (2, 2, 0, 1),
+    ((3, 2), 2, (1, 0), 1),
+    (4, 4, 0, 1),
+    ((2, 1), (2, 2), 0, 1),
+    (3, 2, 1, 1),
+    ((1, 3), (2, 1), (0, 1), (1, 2)),
+    (2, 1, 1, 3),
+    (3, 3, 1, 1),
+]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("windows", LANES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_lanes_of_several_elements(windows, layout, device):
+    """Rows and channels that a lane's elements divide, few values and so many ties, some NaN and -inf: to the bit."""
+    kernel, stride, padding, dilation = windows
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (2, 16, 12, 16), generator=generator).float()
+    x[0, :3, :5] = float("-inf")
+    x[1, ::5, ::3, ::4] = float("nan")
+    x = x.to(device, memory_format=layout).requires_grad_()
+    theirs = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
+    ours = fused.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
+    values, offsets = fused.max_pool2d_with_offsets(x, kernel, stride, padding, dilation)
+    for found, expected in zip((*ours, values), (*theirs, theirs[0]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(fused.offsets_to_indices(offsets, (12, 16), kernel, stride, padding, dilation), ours[1])
+    grad = torch.randn(values.shape, generator=generator).to(device)
+    expected = torch.autograd.grad(theirs[0], x, grad)[0]
+    for y in (ours[0], values):
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected, rtol=1e-6, atol=1e-6)
+    back = fused.max_unpool2d_with_offsets(grad, offsets, (12, 16), kernel, stride, padding, dilation)
+    last = torch.zeros(2, 16, 12 * 16, device=device)
+    for i in range(values[0, 0].numel()):  # in order, so that the last of several stays
+        last.scatter_(2, theirs[1].flatten(2)[..., i : i + 1], grad.flatten(2)[..., i : i + 1])
+    assert torch.equal(back, last.view(x.shape))

@@ -5,22 +5,26 @@ from functools import lru_cache
 
 from ..runtime import INTERPRETED
 
-BLOCK = 512
-INTERPRETED_BLOCK = 4096  # the interpreter's time goes by programs, not by their size
-UNROLLED_TAPS = 27  # that unroll without too much code
+THREADS = 128
+INTERPRETED_LANES = 4096  # the interpreter's time goes by programs, not by their size
+LANE_BYTES = 16  # of the result: a load or store of a thread is at most that wide
+SPREAD_BYTES = 32  # where what is read has half the elements or less
+UNROLLED = 72  # elements that a lane goes over in a loop's body
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Elements of the result that one program computes, warps that do it, and taps in a loop's body."""
+    """Lanes of one program, warps that run them, and steps in a loop's body."""
 
-    block: int
+    lanes: int
     num_warps: int
     unroll: int
 
 
 @lru_cache(maxsize=4096)
-def choose_config(taps: int) -> PoolConfig:
-    """For windows of `taps` pixels: four elements a lane, so that on NVIDIA 8-bit offsets are stored as 32 bits and
-    bf16 as 64; a window's taps without a loop, where they are few."""
-    return PoolConfig(INTERPRETED_BLOCK if INTERPRETED else BLOCK, 4, taps if taps <= UNROLLED_TAPS else 1)
+def choose_config(steps: int, u: int) -> PoolConfig:
+    """For lanes of `u` elements that go over `steps` taps or windows: a thread for each lane, or for two that have one
+    step only, in which finding their place takes longest; and no loop where the steps are few."""
+    unroll = max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or n * u <= UNROLLED))
+    lanes = THREADS * (2 if steps == 1 else 1)
+    return PoolConfig(INTERPRETED_LANES if INTERPRETED else lanes, THREADS // 32, unroll)

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 
 from ..runtime import Plan, device_guard, three
-from .config import choose_config
+from .config import LANE_BYTES, SPREAD_BYTES, PoolConfig, choose_config
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
-
-ALIGNED = 16  # elements
 
 
 class Windows(NamedTuple):
@@ -27,38 +25,107 @@ class Windows(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def constants_of(windows: Windows, result: torch.Tensor, read: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
+def _is_padded(windows: Windows, size: Sequence[int], out: Sequence[int]) -> bool:
+    """Whether some window reaches over an edge of an image of `size`."""
+    return any(windows.padding) or any(
+        (o - 1) * s + (k - 1) * d >= i
+        for i, o, k, s, d in zip(size, out, windows.kernel, windows.stride, windows.dilation, strict=True)
+    )
+
+
+def _read_vector(read: torch.Tensor, channels_last: bool) -> int:
+    """Elements that can be read at once, starting at every multiple of them, along channels or along W."""
+    n, c, *spatial = read.stride()
+    along, others = (c, spatial) if channels_last else (spatial[-1], [c, *spatial[:-1]])
+    return math.gcd(16, n, *others) if along == 1 else 1
+
+
+def _constants(
+    windows: Windows,
+    result: torch.Tensor,
+    read: torch.Tensor,
+    index: torch.Tensor,
+    lane_bytes: int = LANE_BYTES,
+) -> dict[str, Any]:
     """Compile-time arguments of the kernels that know windows; `result` is what they write, `read` what they read."""
     constants: dict[str, Any] = {}
     for letter, values in zip("KSD", (windows.kernel, windows.stride, windows.dilation), strict=True):
         constants |= {letter + axis: value for axis, value in zip("DHW", three(values, 1), strict=True)}
     channels_last = result.stride(1) == 1 and result.shape[1] > 1
-    vec = ALIGNED if (result.shape[1] if channels_last else result.numel()) % ALIGNED == 0 else 1
-    n, c, *spatial = read.stride()
-    side_by_side = channels_last and c == 1 and not any(stride % ALIGNED for stride in (n, *spatial))
-    constants |= {
+    return constants | {
         "NDIM": len(windows.kernel),
         "CHANNELS_LAST": channels_last,
-        "VEC": vec,
-        "READ_VEC": vec if side_by_side else 1,
         "INDEX": tl.int32 if max(result.numel(), read.numel()) < 2**31 - 2**16 else tl.int64,
         "OFFSETS": index.dtype == torch.uint8,
+        "U": math.gcd(lane_bytes // result.element_size(), result.shape[1 if channels_last else -1]),
     }
-    return constants | block_constants(math.prod(windows.kernel))
 
 
-def block_constants(taps: int) -> dict[str, Any]:
-    """The configuration's."""
-    config = choose_config(taps)
-    return {"BLOCK": config.block, "num_warps": config.num_warps}
+def _block(config: PoolConfig) -> dict[str, Any]:
+    return {"LANES": config.lanes, "num_warps": config.num_warps}
 
 
-def reduction_constants(windows: Windows, result: torch.Tensor) -> dict[str, Any]:
-    """Those of the kernels that go over all taps."""
-    return {
-        "UNROLL": choose_config(math.prod(windows.kernel)).unroll,
-        "ACC": tl.float64 if result.dtype == torch.float64 else tl.float32,
-    }
+def _stands_side_by_side(windows: Windows, read: torch.Tensor, constants: dict[str, Any]) -> bool:
+    """Whether along W neither overlap nor gap is between the windows, and memory is contiguous."""
+    return (
+        not constants["CHANNELS_LAST"]
+        and windows.kernel[-1] == windows.stride[-1]
+        and windows.dilation[-1] == 1
+        and windows.padding[-1] == 0
+        and read.stride(-1) == 1
+    )
+
+
+def pool_constants(windows: Windows, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
+    """Those of `max_pool_kernel`."""
+    constants = _constants(windows, y, x, index)
+    padded = _is_padded(windows, x.shape[2:], y.shape[2:])
+    tiled = _stands_side_by_side(windows, x, constants) and windows.kernel[-1] == 2 and not padded
+    steps = math.prod(windows.kernel[:-1] if tiled else windows.kernel)
+    config = choose_config(steps, constants["U"] * (2 if tiled else 1))
+    return (
+        constants
+        | _block(config)
+        | {
+            "READ_VEC": _read_vector(x, constants["CHANNELS_LAST"]),
+            "TILED": tiled,
+            "PADDED": padded,
+            "UNROLL": config.unroll,
+            "ACC": tl.float64 if y.dtype == torch.float64 else tl.float32,
+        }
+    )
+
+
+def spread_constants(
+    windows: Windows, y: torch.Tensor, x: torch.Tensor, index: torch.Tensor, total: bool
+) -> dict[str, Any]:
+    """Those of `spread_kernel`."""
+    constants = _constants(windows, x, y, index, SPREAD_BYTES)
+    stride = windows.stride[-1]
+    tiled = (
+        _stands_side_by_side(windows, y, constants)
+        and constants["U"] % stride == 0
+        and y.shape[-1] * stride == x.shape[-1]
+    )
+    axes = zip(windows.kernel, windows.stride, windows.dilation, strict=True)
+    config = choose_config(math.prod(-(-k // s) if d == 1 else k for k, s, d in axes), constants["U"])
+    return (
+        constants
+        | _block(config)
+        | {
+            "READ_VEC": _read_vector(y, constants["CHANNELS_LAST"]),
+            "TILED": tiled,
+            "UNROLL": config.unroll,
+            "SUM": total,
+            "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        }
+    )
+
+
+def pick_constants(windows: Windows, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
+    """Those of `pick_kernel`."""
+    constants = _constants(windows, y, x, index)
+    return constants | _block(choose_config(1, constants["U"]))
 
 
 class Layout(NamedTuple):
@@ -81,16 +148,19 @@ def _layout_of(tensor: torch.Tensor) -> Layout:
 def _plan(kernel: Any, windows: Windows, x_layout: Layout, y_layout: Layout, index: torch.dtype, total: bool) -> Plan:
     """Of the kernels that know windows; `total` is the spread's."""
     x, y = x_layout.tensor(), y_layout.tensor()
+    place = torch.empty(0, dtype=index, device="meta")
     result, read = (x, y) if kernel is spread_kernel else (y, x)
-    constants = constants_of(windows, result, read, torch.empty(0, dtype=index, device="meta"))
-    if kernel is not pick_kernel:
-        constants |= reduction_constants(windows, result)
-    if kernel is spread_kernel:
-        constants["SUM"] = total
-    vec, (n, c, *spatial) = constants["VEC"], read.stride()
+    if kernel is max_pool_kernel:
+        constants = pool_constants(windows, x, y, place)
+    elif kernel is spread_kernel:
+        constants = spread_constants(windows, y, x, place, total)
+    else:
+        constants = pick_constants(windows, x, y, place)
+    lanes = result.numel() // constants["U"]
+    n, c, *spatial = read.stride()
     sizes = (
-        result.numel() // vec,
-        result.shape[1] // (vec if constants["CHANNELS_LAST"] else 1),
+        lanes,
+        result.shape[1],
         *three(x.shape[2:], 1),
         *three(y.shape[2:], 1),
         *three(windows.padding, 0),
@@ -98,7 +168,7 @@ def _plan(kernel: Any, windows: Windows, x_layout: Layout, y_layout: Layout, ind
         c,
         *three(spatial, 0),
     )
-    return Plan(kernel, (triton.cdiv(result.numel(), constants["BLOCK"]),), sizes, constants)
+    return Plan(kernel, (triton.cdiv(lanes, constants["LANES"]),), sizes, constants)
 
 
 def _launch(
@@ -148,8 +218,9 @@ def max_unpool(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
         return
     outside, inside = math.prod(y.shape[2:]), math.prod(x.shape[2:])
     owner = torch.full(x.shape, -1, dtype=torch.int64, device=x.device)
-    constants = block_constants(1)
-    block = constants["BLOCK"]
+    config = choose_config(1, 4)
+    block = 2 * config.lanes
+    constants = {"BLOCK": block, "num_warps": config.num_warps}
     with device_guard(x):
         if y.numel():
             claim_kernel[(triton.cdiv(y.numel(), block),)](index, owner, y.numel(), outside, inside, **constants)

@@ -1,76 +1,110 @@
-"""Kernels of max-pooling and unpooling. One lane per element of the result, in the order in which it lies in memory.
+"""Kernels of max-pooling and unpooling. A lane has U elements of the result that lie side by side in memory.
 
-So a result is written as it lies, several elements of a lane in one store. VEC, 16 or 1, is a divisor of NUMEL * VEC
-elements, and of C * VEC channels where these come last: the compiler has to see it. READ_VEC is one of every stride of
-the tensor that is read, whose channels then lie side by side.
+They are channels of one pixel where channels come last, else pixels of one row (U divides the row): where they are is
+found once for all, and they are written in one store. Where windows neither overlap nor reach over the edge along W,
+and stand side by side there (TILED), a lane's part of the other tensor is one piece too. READ_VEC divides all strides
+of the tensor that is read but that of 1 along which lanes lie.
 """
 
 import triton
 import triton.language as tl
 
-from ..tile import in_bounds, unravel
+from ..tile import divide, in_bounds, inside, unravel
 
-RUNTIME = ["NUMEL", "C", "ID", "IH", "IW", "OD", "OH", "OW", "PAD_D", "PAD_H", "PAD_W"]
+RUNTIME = ["TOTAL", "C", "ID", "IH", "IW", "OD", "OH", "OW", "PAD_D", "PAD_H", "PAD_W"]
 RUNTIME += [f"stride_{axis}" for axis in "ncdhw"]
 
 
 @triton.jit
 def locate(
-    NUMEL,
+    TOTAL,
     C,
     D,
     H,
     W,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    VEC: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """This program's elements, which of them exist, and each as (n, c, d, h, w). INDEX: an integer that holds them."""
-    element = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < NUMEL * VEC
+    """The elements [LANES, U] of this program's lanes; of each lane [LANES, 1] whether it exists, and its first element
+    as (n, c, d, h, w). INDEX: an integer that holds TOTAL U."""
+    lane = tl.program_id(0).to(INDEX) * LANES + tl.arange(0, LANES)
+    element = lane[:, None] * U + tl.arange(0, U)[None, :]
     if CHANNELS_LAST:
-        n, d, h, w = unravel(element // (C * VEC), D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
-        c = element % (C * VEC)
+        pixel, c = divide(lane, C // U)  # pyright: ignore[reportGeneralTypeIssues]
+        n, d, h, w = unravel(pixel, D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
+        c = c * U
     else:
-        plane, d, h, w = unravel(element, D, H, W, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
-        n = plane // C
-        c = plane % C
-    return element, mask, n, c, d, h, w
+        plane, d, h, w = unravel(lane, D, H, W // U, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
+        n, c = divide(plane, C)  # pyright: ignore[reportGeneralTypeIssues]
+        w = w * U
+    return element, (lane < TOTAL)[:, None], n[:, None], c[:, None], d[:, None], h[:, None], w[:, None]
 
 
 @triton.jit
-def address(
-    plane,
+def spread_out(c, w, CHANNELS_LAST: tl.constexpr, U: tl.constexpr):
+    """Channel and column of every element of a lane, from the first's."""
+    along = tl.arange(0, U)[None, :]
+    return (c + along, w) if CHANNELS_LAST else (c, w + along)
+
+
+@triton.jit
+def row_offset(
+    n,
     c,
     d,
     h,
-    w,
+    stride_n,
     stride_c,
     stride_d,
     stride_h,
-    stride_w,
     NDIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     READ_VEC: tl.constexpr,
 ):
-    """Offset of an element in 64 bits, `plane` being that of its image."""
-    offset = plane + w.to(tl.int64) * stride_w
+    """Offset in 64 bits of what lies before w, and before the channel where channels come last."""
+    offset = n.to(tl.int64) * stride_n
+    if not CHANNELS_LAST:
+        offset += c.to(tl.int64) * stride_c
     if NDIM >= 2:
         offset += h.to(tl.int64) * stride_h
     if NDIM == 3:
         offset += d.to(tl.int64) * stride_d
-    if READ_VEC > 1:
-        return tl.multiple_of(offset, READ_VEC) + c
-    return offset + c.to(tl.int64) * stride_c
+    return tl.multiple_of(offset, (READ_VEC, READ_VEC))
 
 
 @triton.jit
-def reached_by(tap, i, PAD, WINDOWS, S: tl.constexpr, D: tl.constexpr):
-    """The window that has pixel i of an axis as its `tap`, and whether there is one."""
-    start = i + PAD - tap * D
-    o = start // S
-    return o, (start >= 0) & (start == o * S) & (o < WINDOWS)
+def column_offset(
+    c,
+    w,
+    stride_c,
+    stride_w,
+    CHANNELS_LAST: tl.constexpr,
+    READ_VEC: tl.constexpr,
+):
+    """And of what is left."""
+    offset = w.to(tl.int64) * stride_w
+    if CHANNELS_LAST:
+        # A stride of 1 is said, so that the compiler sees neighbours.
+        offset = tl.multiple_of(offset, (READ_VEC, READ_VEC))
+        offset += c if READ_VEC > 1 else c.to(tl.int64) * stride_c
+    return offset
+
+
+@triton.jit
+def first_tap(start, SIZE, K: tl.constexpr, D: tl.constexpr):
+    """The first tap of a window along one axis that is inside of the image, and whether there is one."""
+    tap = (tl.maximum(-start, 0) + D - 1) // D
+    return tap, (tap < K) & (start + tap * D < SIZE)
+
+
+@triton.jit
+def larger(best, where, x, place):
+    """The maximum so far and its place, after one more: the first of equals, and NaN above all, as torch."""
+    better = (x > best) | (x != x)
+    return tl.where(better, x, best), tl.where(better, place, where)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -78,7 +112,7 @@ def max_pool_kernel(
     x_ptr,
     y_ptr,
     index_ptr,
-    NUMEL,
+    TOTAL,
     C,
     ID,
     IH,
@@ -105,34 +139,84 @@ def max_pool_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    VEC: tl.constexpr,
     READ_VEC: tl.constexpr,
+    TILED: tl.constexpr,
+    PADDED: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """y[o] = max over the window of o, and its place: the first of equals, and NaN above all, as torch."""
-    element, mask, n, c, d, h, w = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
-    plane = n.to(tl.int64) * stride_n
+    """y[o] = max over the window of o, and its place.
+
+    Without PADDED no window reaches over an edge; TILED windows have 2 pixels along W.
+    """
+    element, mask, n, c, d, h, first = locate(TOTAL, C, OD, OH, OW, NDIM, CHANNELS_LAST, INDEX, U, LANES)  # pyright: ignore[reportGeneralTypeIssues]
+    c, w = spread_out(c, first, CHANNELS_LAST, U)  # pyright: ignore[reportGeneralTypeIssues]
     d = d * SD - PAD_D
     h = h * SH - PAD_H
     w = w * SW - PAD_W
-    best = tl.full([BLOCK], float("-inf"), ACC)
-    where = tl.full([BLOCK], -1, INDEX)
-    for tap in tl.range(KD * KH * KW, loop_unroll_factor=UNROLL):
-        i_d = d + tap // (KH * KW) * DD
-        i_h = h + tap // KW % KH * DH
-        i_w = w + tap % KW * DW
-        inside = mask & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
-        offs = address(plane, c, i_d, i_h, i_w, stride_c, stride_d, stride_h, stride_w, NDIM, READ_VEC)
-        x = tl.load(x_ptr + offs, mask=inside, other=float("-inf")).to(ACC)
-        better = inside & ((where < 0) | (x > best) | (x != x))
-        best = tl.where(better, x, best)
-        where = tl.where(better, tap if OFFSETS else (i_d * IH + i_h) * IW + i_w, where)
+    best = tl.full([LANES, U], float("-inf"), ACC)
+    # Nothing is larger than the first tap that is inside, if all are -inf; and what is outside is -inf.
+    tap_d, tap_h, tap_w = 0, 0, 0
+    there = mask
+    if PADDED:
+        tap_w, there = first_tap(w, IW, KW, DW)  # pyright: ignore[reportGeneralTypeIssues]
+        if NDIM >= 2:
+            tap_h, hit = first_tap(h, IH, KH, DH)  # pyright: ignore[reportGeneralTypeIssues]
+            there = there & hit
+        if NDIM == 3:
+            tap_d, hit = first_tap(d, ID, KD, DD)  # pyright: ignore[reportGeneralTypeIssues]
+            there = there & hit
+    if OFFSETS:
+        where = tl.where(there, (tap_d * KH + tap_h) * KW + tap_w, -1)
+    else:
+        where = tl.where(there, ((d + tap_d * DD) * IH + h + tap_h * DH) * IW + w + tap_w * DW, -1)
+    where = tl.broadcast_to(where, [LANES, U]).to(INDEX)
+    ACROSS: tl.constexpr = tl.constexpr(1) if TILED else KW
+    for step in tl.range(KD * KH * ACROSS, loop_unroll_factor=UNROLL):
+        i_d = d + step // (KH * ACROSS) * DD
+        i_h = h + step // ACROSS % KH * DH
+        row = x_ptr + row_offset(n, c, i_d, i_h, stride_n, stride_c, stride_d, stride_h, NDIM, CHANNELS_LAST, READ_VEC)
+        place = (i_d * IH + i_h) * IW
+        if TILED:
+            x = tl.load(row + (first * 2 + tl.arange(0, 2 * U)[None, :]), mask=mask, other=0.0).to(ACC)
+            even, odd = tl.split(tl.reshape(x, [LANES, U, 2]))
+            best, where = larger(best, where, even, step * 2 if OFFSETS else place + w)
+            best, where = larger(best, where, odd, step * 2 + 1 if OFFSETS else place + w + 1)
+        else:
+            i_w = w + step % ACROSS * DW
+            there = mask
+            if PADDED:
+                there = mask & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
+            offs = column_offset(c, i_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
+            x = tl.load(row + offs, mask=there, other=float("-inf")).to(ACC)
+            best, where = larger(best, where, x, step if OFFSETS else place + i_w)
     tl.store(y_ptr + element, best.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(index_ptr + element, where.to(index_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def window_of(step, i, PAD, WINDOWS, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """The step-th window, from the last to the first, that pixel i of an axis is in: its number, as which tap it has
+    the pixel, and whether it is there. Windows of `steps_of` steps are all that can be."""
+    if D == 1:
+        o = (i + PAD) // S - step
+        tap = i + PAD - o * S
+        there = (tap < K) & inside(o, WINDOWS)
+    else:
+        tap = step
+        start = i + PAD - step * D
+        o = start // S
+        there = (start == o * S) & inside(o, WINDOWS) & (start >= 0)
+    return o, tap, there
+
+
+@triton.constexpr_function
+def steps_of(K, S, D):
+    return -(-K // S) if D == 1 else K
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -140,7 +224,7 @@ def spread_kernel(
     y_ptr,
     index_ptr,
     x_ptr,
-    NUMEL,
+    TOTAL,
     C,
     ID,
     IH,
@@ -167,36 +251,47 @@ def spread_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    VEC: tl.constexpr,
     READ_VEC: tl.constexpr,
+    TILED: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     UNROLL: tl.constexpr,
     SUM: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """x[i] = sum, or last, of y[o] over the windows o that have their maximum at i; each x[i] is written once."""
-    element, mask, n, c, d, h, w = locate(NUMEL, C, ID, IH, IW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
-    plane = n.to(tl.int64) * stride_n
-    pixel = (d * IH + h) * IW + w
-    x = tl.zeros([BLOCK], dtype=ACC)
-    for step in tl.range(KD * KH * KW, loop_unroll_factor=UNROLL):
-        tap = KD * KH * KW - 1 - step  # from the last to the first: the windows in row-major order, the last one last
-        o_d, o_h = d, h
-        o_w, reached = reached_by(tap % KW, w, PAD_W, OW, SW, DW)  # pyright: ignore[reportGeneralTypeIssues]
-        reached = mask & reached
-        if NDIM >= 2:
-            o_h, hit = reached_by(tap // KW % KH, h, PAD_H, OH, SH, DH)  # pyright: ignore[reportGeneralTypeIssues]
-            reached = reached & hit
-        if NDIM == 3:
-            o_d, hit = reached_by(tap // (KH * KW), d, PAD_D, OD, SD, DD)  # pyright: ignore[reportGeneralTypeIssues]
-            reached = reached & hit
-        offs = address(plane, c, o_d, o_h, o_w, stride_c, stride_d, stride_h, stride_w, NDIM, READ_VEC)
-        place = tl.load(index_ptr + offs, mask=reached, other=0)
-        # Not only where the place is here: then this load would wait for the other, lane by lane.
-        y = tl.load(y_ptr + offs, mask=reached, other=0.0).to(ACC)
-        hit = reached & (place == (tap if OFFSETS else pixel))
+    element, mask, n, c, d, h, first = locate(TOTAL, C, ID, IH, IW, NDIM, CHANNELS_LAST, INDEX, U, LANES)  # pyright: ignore[reportGeneralTypeIssues]
+    c, w = spread_out(c, first, CHANNELS_LAST, U)  # pyright: ignore[reportGeneralTypeIssues]
+    STEPS_H: tl.constexpr = steps_of(KH, SH, DH)
+    STEPS_W: tl.constexpr = steps_of(KW, SW, DW)
+    STEPS: tl.constexpr = steps_of(KD, SD, DD) * STEPS_H * STEPS_W
+    x = tl.zeros([LANES, U], dtype=ACC)
+    for step in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        back = STEPS - 1 - step  # so that the windows come in row-major order, the last one last
+        o_d, tap_d, there = window_of(back // (STEPS_H * STEPS_W), d, PAD_D, OD, KD, SD, DD)  # pyright: ignore[reportGeneralTypeIssues]
+        o_h, tap_h, hit = window_of(back // STEPS_W % STEPS_H, h, PAD_H, OH, KH, SH, DH)  # pyright: ignore[reportGeneralTypeIssues]
+        there = there & hit & mask
+        row = row_offset(n, c, o_d, o_h, stride_n, stride_c, stride_d, stride_h, NDIM, CHANNELS_LAST, READ_VEC)
+        if TILED:
+            WINDOWS: tl.constexpr = U // SW
+            o_w = first // SW + tl.arange(0, WINDOWS)[None, :]
+            place = tl.load(index_ptr + row + o_w, mask=there, other=0)
+            y = tl.load(y_ptr + row + o_w, mask=there, other=0.0)
+            place = tl.reshape(tl.broadcast_to(place[:, :, None], [LANES, WINDOWS, SW]), [LANES, U])
+            y = tl.reshape(tl.broadcast_to(y[:, :, None], [LANES, WINDOWS, SW]), [LANES, U])
+            tap_w = tl.arange(0, U)[None, :] % SW
+        else:
+            o_w, tap_w, hit = window_of(back % STEPS_W, w, PAD_W, OW, KW, SW, DW)  # pyright: ignore[reportGeneralTypeIssues]
+            there = there & hit
+            offs = row + column_offset(c, o_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
+            place = tl.load(index_ptr + offs, mask=there, other=0)
+            # Not only where the place is here: then this load would wait for the other, lane by lane.
+            y = tl.load(y_ptr + offs, mask=there, other=0.0)
+        here = (tap_d * KH + tap_h) * KW + tap_w if OFFSETS else (d * IH + h) * IW + w
+        hit = there & (place == here)
+        y = y.to(ACC)
         x = tl.where(hit, x + y if SUM else y, x)
     tl.store(x_ptr + element, x.to(x_ptr.dtype.element_ty), mask=mask)
 
@@ -206,7 +301,7 @@ def pick_kernel(
     x_ptr,
     index_ptr,
     y_ptr,
-    NUMEL,
+    TOTAL,
     C,
     ID,
     IH,
@@ -233,14 +328,14 @@ def pick_kernel(
     DW: tl.constexpr,
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    VEC: tl.constexpr,
-    READ_VEC: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """y[o] = x at the place that index[o] names, or 0 where that is outside of x, in 64 bits."""
-    element, mask, n, c, d, h, w = locate(NUMEL, C, OD, OH, OW, NDIM, CHANNELS_LAST, VEC, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    element, mask, n, c, d, h, first = locate(TOTAL, C, OD, OH, OW, NDIM, CHANNELS_LAST, INDEX, U, LANES)  # pyright: ignore[reportGeneralTypeIssues]
+    c, w = spread_out(c, first, CHANNELS_LAST, U)  # pyright: ignore[reportGeneralTypeIssues]
     place = tl.load(index_ptr + element, mask=mask, other=0).to(tl.int64)
     if OFFSETS:
         named = mask & (place < KD * KH * KW)
@@ -253,7 +348,8 @@ def pick_kernel(
         named = mask & (place >= 0) & (place < tl.cast(ID, tl.int64) * IH * IW)
         _, i_d, i_h, i_w = unravel(tl.where(named, place, 0).to(INDEX), ID, IH, IW, NDIM)  # pyright: ignore[reportGeneralTypeIssues]
     # Neighbours look anywhere: nothing is known of these addresses.
-    offs = address(n.to(tl.int64) * stride_n, c, i_d, i_h, i_w, stride_c, stride_d, stride_h, stride_w, NDIM, 1)
+    offs = row_offset(n, c, i_d, i_h, stride_n, stride_c, stride_d, stride_h, NDIM, CHANNELS_LAST, 1)
+    offs += column_offset(c, i_w, stride_c, stride_w, CHANNELS_LAST, 1)
     x = tl.load(x_ptr + offs, mask=named, other=0.0)
     tl.store(y_ptr + element, x, mask=mask)
 

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def divide(value, by):
     """Quotient and remainder of a value of at least 0: without signs, a division takes half the instructions."""
-    unsigned: tl.constexpr = tl.uint64 if value.dtype == tl.int64 else tl.uint32
+    unsigned = tl.uint64 if value.dtype == tl.int64 else tl.uint32
     by = tl.cast(by, unsigned)
     quotient = value.to(unsigned) // by
     return quotient.to(value.dtype), (value.to(unsigned) - quotient * by).to(value.dtype)
@@ -16,13 +16,13 @@ def divide(value, by):
 @triton.jit
 def unravel(pixel, D, H, W, NDIM: tl.constexpr):
     """Flat pixel index over (n, d, h, w), w fastest, to its four coordinates."""
-    n, w = divide(pixel, W)
+    n, w = divide(pixel, W)  # pyright: ignore[reportGeneralTypeIssues]
     h = w * 0
     d = w * 0
     if NDIM >= 2:
-        n, h = divide(n, H)
+        n, h = divide(n, H)  # pyright: ignore[reportGeneralTypeIssues]
     if NDIM == 3:
-        n, d = divide(n, D)
+        n, d = divide(n, D)  # pyright: ignore[reportGeneralTypeIssues]
     return n, d, h, w
 
 

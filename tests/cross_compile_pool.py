@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton.language as tl
 from backstride.kernels.pool import Windows, launch, pool
+from backstride.kernels.pool.config import PLANE_BLOCK
 
 from .cross_compile import TARGETS, Case, Compilation, Target
 
@@ -27,7 +29,7 @@ POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
 
 
 def _signature(kernel: Any, constants: dict[str, Any], index: str) -> dict[str, str]:
-    pointers = POINTERS | {"index_ptr": index, "owner_ptr": "*i64"}
+    pointers = POINTERS | {"index_ptr": index, "owner_ptr": "*i32"}
     return {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
 
 
@@ -55,7 +57,7 @@ def cases(target: Target) -> Iterator[Case]:
                     places = "offsets" if offsets else "indices"
                     yield Case(kernel, signature, constants, f"{name}, {layout}, {places}", "bf16")
     for kernel in (pool.claim_kernel, pool.fill_kernel):
-        constants = {"BLOCK": 512, "num_warps": 4} | options
+        constants = {"INDEX": tl.int32, "BLOCK": PLANE_BLOCK, "num_warps": 4} | options
         yield Case(kernel, _signature(kernel, constants, "*i64"), constants, "any", "bf16")
 
 

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Plan, device_guard, three
-from .config import LANE_BYTES, SPREAD_BYTES, PoolConfig, choose_config
+from ..runtime import INTERPRETED, Plan, device_guard, three
+from .config import LANE_BYTES, PLANE_BLOCK, SPREAD_BYTES, PoolConfig, choose_config
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
 
 
@@ -216,12 +216,12 @@ def max_unpool(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
     """
     if x.numel() == 0:
         return
-    outside, inside = math.prod(y.shape[2:]), math.prod(x.shape[2:])
-    owner = torch.full(x.shape, -1, dtype=torch.int64, device=x.device)
-    config = choose_config(1, 4)
-    block = 2 * config.lanes
-    constants = {"BLOCK": block, "num_warps": config.num_warps}
+    planes, outside, inside = x.shape[0] * x.shape[1], math.prod(y.shape[2:]), math.prod(x.shape[2:])
+    large = max(outside, inside) >= 2**31 - 2**16
+    owner = torch.full(x.shape, -1, dtype=torch.int64 if large else torch.int32, device=x.device)
+    block = PLANE_BLOCK * (8 if INTERPRETED else 1)
+    constants = {"INDEX": tl.int64 if large else tl.int32, "BLOCK": block, "num_warps": 4}
     with device_guard(x):
         if y.numel():
-            claim_kernel[(triton.cdiv(y.numel(), block),)](index, owner, y.numel(), outside, inside, **constants)
-        fill_kernel[(triton.cdiv(x.numel(), block),)](y, owner, x, x.numel(), outside, inside, **constants)
+            claim_kernel[(planes * triton.cdiv(outside, block),)](index, owner, outside, inside, **constants)
+        fill_kernel[(planes * triton.cdiv(inside, block),)](y, owner, x, outside, inside, **constants)

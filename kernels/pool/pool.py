@@ -354,24 +354,30 @@ def pick_kernel(
     tl.store(y_ptr + element, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["NUMEL", "OUT", "IN"])
-def claim_kernel(index_ptr, owner_ptr, NUMEL, OUT, IN, BLOCK: tl.constexpr):
+@triton.jit
+def in_plane(SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's plane of SIZE elements, in 64 bits, its elements of it, as INDEX, and which of them exist."""
+    tiles = tl.cdiv(SIZE, BLOCK)
+    element = (tl.program_id(0) % tiles).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64), element, element < SIZE
+
+
+@triton.jit
+def claim_kernel(index_ptr, owner_ptr, OUT, IN, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """owner[plane, index[o]] = the largest o that names it; contiguous planes of OUT pooled values, IN pixels.
 
     Compared in 64 bits: an index outside of the plane claims nothing. The maximum is the same in any order.
     """
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < NUMEL
-    index = tl.load(index_ptr + element, mask=mask, other=-1)
+    plane, element, mask = in_plane(OUT, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    index = tl.load(index_ptr + plane * OUT + element, mask=mask, other=-1)
     mask = mask & (index >= 0) & (index < IN)
-    tl.atomic_max(owner_ptr + element // OUT * IN + index, element % OUT, mask=mask, sem="relaxed")
+    tl.atomic_max(owner_ptr + plane * IN + index, element, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["NUMEL", "OUT", "IN"])
-def fill_kernel(y_ptr, owner_ptr, x_ptr, NUMEL, OUT, IN, BLOCK: tl.constexpr):
+@triton.jit
+def fill_kernel(y_ptr, owner_ptr, x_ptr, OUT, IN, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """x[plane, i] = y[plane, owner[plane, i]], or 0 where nobody owns i."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < NUMEL
-    owner = tl.load(owner_ptr + element, mask=mask, other=-1)
-    y = tl.load(y_ptr + element // IN * OUT + owner, mask=mask & (owner >= 0), other=0.0)
-    tl.store(x_ptr + element, y, mask=mask)
+    plane, element, mask = in_plane(IN, INDEX, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    owner = tl.load(owner_ptr + plane * IN + element, mask=mask, other=-1)
+    y = tl.load(y_ptr + plane * OUT + owner, mask=mask & (owner >= 0), other=0.0)
+    tl.store(x_ptr + plane * IN + element, y, mask=mask)

@@ -51,7 +51,7 @@ TARGETS = {
 }
 
 OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
-BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "ROWS", "COLS", "U")
+BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "LANES", "ROWS", "COLS", "U")
 # fp16 compiles to the same code as bf16 but for the instructions' types.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}

@@ -307,10 +307,11 @@ def plan_apply_transposed(
     return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,), axes=axes)
 
 
-def _extent(layout: Layout, walk: Access) -> int:
-    """Elements from the first to the last of a tensor."""
+def _reach(layout: Layout, walk: Access, pixels: int, step: int) -> int:
+    """Elements from the first to the last of a tensor, or along so many steps of its last axis if they go further."""
     lengths = layout.shape[0], walk.channels, *three(layout.shape[2:], 1)
-    return 1 + sum((length - 1) * stride for length, stride in zip(lengths, walk.strides, strict=True))
+    extent = 1 + sum((length - 1) * stride for length, stride in zip(lengths, walk.strides, strict=True))
+    return max(extent, pixels * step * walk.strides[-1])
 
 
 @lru_cache(maxsize=4096)
@@ -362,7 +363,7 @@ def plan_weight_grad(
         "PADDED": padded,
         "SWAP": swap,
         "INDEX": index_dtype(pixels),
-        "OFFSET": index_dtype(max(_extent(x, access_x), _extent(y, access_y))),
+        "OFFSET": index_dtype(max(_reach(x, access_x, pixels, geometry.stride[-1]), _reach(y, access_y, pixels, 1))),
     }
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)

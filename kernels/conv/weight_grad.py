@@ -25,7 +25,7 @@ def _within(index, mask, BLOCK: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def _divisor(size, INDEX: tl.constexpr):
     """What `_divide` takes to divide by a size: few tensors have pixels past 31 bits, so only those pay for it."""
-    return (size, size) if INDEX == tl.int64 else reciprocal(size)
+    return reciprocal(size) if INDEX is tl.int32 else (size, size)
 
 
 @triton.jit
@@ -34,8 +34,7 @@ def _divide(pixel, by):
 
 
 @triton.jit
-def _pixel_offset(
-    pixel,
+def _gaps(
     rows,
     planes,
     images,
@@ -51,18 +50,30 @@ def _pixel_offset(
     VEC: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Element offset of a flat pixel index over (n, d, h, w), from its quotients by W, H W and D H W."""
+    """Element offset of a flat pixel index over (n, d, h, w), beyond a step along w for each pixel.
+
+    All are multiples of VEC, and each RUN of pixels, which is VEC then, have the same.
+    """
     step_n = step_n.to(OFFSET)
     if NDIM == 1:
         step_h = step_n
     elif NDIM == 2:
         step_d = step_n
-    offset = pixel.to(OFFSET) * step_w + rows.to(OFFSET) * (step_h - W * step_w)
+    offset = rows.to(OFFSET) * (step_h - W * step_w)
     if NDIM >= 2:
         offset += planes.to(OFFSET) * (step_d - H * step_h)
     if NDIM == 3:
         offset += images.to(OFFSET) * (step_n - D * step_d)
     offset = tl.multiple_of(offset, VEC)
+    if RUN > 1:
+        offset = tl.max_constancy(offset, RUN)
+    return offset
+
+
+@triton.jit
+def _line(step_w, BLOCK: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
+    """Element offsets of BLOCK pixels side by side."""
+    offset = tl.multiple_of(tl.arange(0, BLOCK) * step_w, VEC)
     if RUN > 1:
         offset = tl.max_contiguous(offset, RUN)
     return offset
@@ -157,14 +168,14 @@ def conv_weight_grad_kernel(
     mask_a = offs_a < A
     column = pid_b * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_b = column < (TAPS * B if FLATTEN else B)
-    # What lies beside the matrix is never stored, so its operands may be any: the first ones spare the loads a mask.
+    # What lies beside the matrix is never stored, so its operands may be any that exist: no load asks for its channel.
     read_a = _within(offs_a, mask_a, BLOCK_M, OUT_VEC)
-    read_b = _within(column, mask_b, BLOCK_N, IN_VEC)
     if FLATTEN:
-        tap = read_b // B
-        read_b = read_b % B
+        tap = tl.minimum(column // B, TAPS - 1)
+        b = column % B
     else:
         tap = pid // (tiles_m * tiles_b) // GROUPS
+        b = _within(column, mask_b, BLOCK_N, IN_VEC)
     rd = (tap // (KH * KW)) * DD - PAD_D
     rh = (tap // KW % KH) * DH - PAD_H
     rw = (tap % KW) * DW - PAD_W
@@ -189,35 +200,38 @@ def conv_weight_grad_kernel(
         OD = tl.maximum(OD, 1)
         OH = tl.maximum(OH, 1)
         OW = tl.maximum(OW, 1)
-    offs_xc = (group * B + read_b).to(OFFSET) * stride_xc + tl.multiple_of(offs_x0, X_VEC)
+    offs_xc = (group * B + b).to(OFFSET) * stride_xc + tl.multiple_of(offs_x0, X_VEC)
     if not X_LAST:
         offs_xc = tl.multiple_of(offs_xc, X_VEC)
     offs_yc = (group * A + read_a).to(OFFSET) * stride_yc + tl.multiple_of(offs_y0, Y_VEC)
     if not Y_LAST:
         offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
-    # Offsets grow by a step along w with each pixel, and by what is missing to the next row, image and so on.
+    # A tile's offsets are those of pixels side by side, and what lies between one row, plane or image and the next.
     by_w = _divisor(OW, INDEX)
     by_h = _divisor(OH * OW, INDEX) if NDIM >= 2 else by_w
     by_d = _divisor(OD * OH * OW, INDEX) if NDIM == 3 else by_h
+    line_y = _line(y_w, BLOCK_K, Y_VEC, Y_RUN)
+    line_x = _line(SW * x_w, BLOCK_K, X_VEC, X_RUN)
 
     split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=ACC)
-    pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    for step in range(0, split_steps):
-        pixel = pixel0 + step * BLOCK_K
-        mask_k = tl.max_constancy(pixel < pixels, RUN)
+    first = split.to(INDEX) * split_steps * BLOCK_K
+    x_at = x_ptr + tl.multiple_of(first.to(OFFSET) * (SW * x_w), X_VEC) + offs_xc
+    y_at = y_ptr + tl.multiple_of(first.to(OFFSET) * y_w, Y_VEC) + offs_yc
+    for _ in range(0, split_steps):
+        pixel = first + tl.arange(0, BLOCK_K)
+        mask_k = tl.max_constancy(tl.arange(0, BLOCK_K) < pixels - first, RUN)
         rows = _divide(pixel, by_w)
         planes = _divide(pixel, by_h) if NDIM >= 2 else rows
         images = _divide(pixel, by_d) if NDIM == 3 else planes
-        offs_y = _pixel_offset(
-            pixel, rows, planes, images, OD, OH, OW, stride_yn, y_d, y_h, y_w, NDIM, OFFSET, Y_VEC, Y_RUN
-        )
-        y_ptrs = y_ptr + outer_sum(offs_y, offs_yc, Y_LAST)
+        gaps_y = _gaps(rows, planes, images, OD, OH, OW, stride_yn, y_d, y_h, y_w, NDIM, OFFSET, Y_VEC, Y_RUN)
+        y_ptrs = outer_sum(gaps_y + line_y, y_at, Y_LAST)
         y = tl.load(y_ptrs, mask=outer_row(mask_k, Y_LAST), other=0.0)
-        offs_x = _pixel_offset(
-            pixel, rows, planes, images, OD, OH, OW, stride_xn, SD * x_d, SH * x_h, SW * x_w, NDIM, OFFSET, X_VEC, X_RUN
+        gaps_x = _gaps(
+            rows, planes, images, OD, OH, OW, stride_xn, SD * x_d, SH * x_h, SW * x_w, NDIM, OFFSET, X_VEC, X_RUN
         )
+        x_ptrs = outer_sum(gaps_x + line_x, x_at, X_LAST)
         mask_x = outer_row(mask_k, X_LAST)
         if FLATTEN and PADDED:
             mask_x = mask_x & _inside(outer_sum((pixel - rows * OW).to(tl.int32) * SW, rw, X_LAST), IW)
@@ -225,16 +239,19 @@ def conv_weight_grad_kernel(
                 mask_x = mask_x & _inside(outer_sum((rows - planes * OH).to(tl.int32) * SH, rh, X_LAST), IH)
             if NDIM == 3:
                 mask_x = mask_x & _inside(outer_sum((planes - images * OD).to(tl.int32) * SD, rd, X_LAST), ID)
-        x = tl.load(x_ptr + outer_sum(offs_x, offs_xc, X_LAST), mask=mask_x, other=0.0)
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         x = rows_by_columns(x, X_LAST)
         y = rows_by_columns(y, Y_LAST)
         left = x if SWAP else y
         acc = dot(tl.trans(left), y if SWAP else x, acc, PRECISION, UPCAST)
+        first += BLOCK_K
+        x_at += tl.multiple_of(BLOCK_K * SW * x_w, X_VEC)
+        y_at += tl.multiple_of(BLOCK_K * y_w, Y_VEC)
     if SWAP:
         acc = tl.trans(acc)
 
     offs_w = (split.to(tl.int64) * GROUPS + group) * A + offs_a
-    offs_column = tap * B + read_b if W_CHANNELS_LAST else read_b * TAPS + tap
+    offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap
     tl.store(
         w_ptr + (offs_w * (TAPS * B))[:, None] + offs_column[None, :],
         acc.to(w_ptr.dtype.element_ty),

@@ -28,11 +28,15 @@ def reciprocal(size):
     is then exact for every pixel of 31 bits (Granlund and Montgomery, "Division by invariant integers using
     multiplication", 1994, theorem 4.2).
     """
-    size = size.to(tl.int32)
     # The bits of size - 1, from the exponent of a float: with the second highest bit off it is never rounded up.
     last = size - 1
     shift = tl.maximum(((last & ~(last >> 1)).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
-    factor = ((tl.full((), 1, tl.int64) << (31 + shift)) + last) // size
+    # Dividing 64 bits would be a call. A float's quotient is off by some hundreds; once more, for what is left, by a half.
+    power = tl.full((), 1, tl.int64) << (31 + shift)
+    divisor = size.to(tl.float32)
+    factor = (power.to(tl.float32) / divisor).to(tl.int64)
+    factor += tl.floor((power - factor * size).to(tl.float32) / divisor + 0.5).to(tl.int64)
+    factor += (power > factor * size).to(tl.int64)
     return factor.to(tl.uint32), shift.to(tl.uint32)
 
 

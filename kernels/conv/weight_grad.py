@@ -23,9 +23,9 @@ def _within(index, mask, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _divisor(size, INDEX: tl.constexpr):
+def _divisor(size):
     """What `_divide` takes to divide by a size: few tensors have pixels past 31 bits, so only those pay for it."""
-    return reciprocal(size) if INDEX is tl.int32 else (size, size)
+    return (size, size) if size.dtype == tl.int64 else reciprocal(size)
 
 
 @triton.jit
@@ -208,9 +208,9 @@ def conv_weight_grad_kernel(
         offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
     # A tile's offsets are those of pixels side by side, and what lies between one row, plane or image and the next.
-    by_w = _divisor(OW, INDEX)
-    by_h = _divisor(OH * OW, INDEX) if NDIM >= 2 else by_w
-    by_d = _divisor(OD * OH * OW, INDEX) if NDIM == 3 else by_h
+    by_w = _divisor(OW.to(INDEX))
+    by_h = _divisor(OH.to(INDEX) * OW) if NDIM >= 2 else by_w
+    by_d = _divisor(OD.to(INDEX) * OH * OW) if NDIM == 3 else by_h
     line_y = _line(y_w, BLOCK_K, Y_VEC, Y_RUN)
     line_x = _line(SW * x_w, BLOCK_K, X_VEC, X_RUN)
 

@@ -31,7 +31,7 @@ def reciprocal(size):
     # The bits of size - 1, from the exponent of a float: with the second highest bit off it is never rounded up.
     last = size - 1
     shift = tl.maximum(((last & ~(last >> 1)).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
-    # Dividing 64 bits would be a call. A float's quotient is off by some hundreds; once more, for what is left, by a half.
+    # A division of 64 bits would be a call. A float's is off by some hundreds, and then, of what is left, by a half.
     power = tl.full((), 1, tl.int64) << (31 + shift)
     divisor = size.to(tl.float32)
     factor = (power.to(tl.float32) / divisor).to(tl.int64)

@@ -64,6 +64,25 @@ def test_boxes_of_pixels(name, dtype, device):
         torch.testing.assert_close(result.double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("last_y", [False, True])
+@pytest.mark.parametrize("last_x", [False, True])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (1, 0)])
+def test_tf32_takes_both_sides_as_they_lie(kernel, padding, last_x, last_y, device):
+    """Channels-first sides with full tiles, and at 1x1 several pixels at once; nothing is copied first."""
+    x, y = random_tensors(33, (3, 20, 6, 8), (3, 36, 6, 8), dtype=torch.float32, device=device)
+    geometry, weight = Geometry((1, 1), (padding,) * 2, (1, 1), 1), (36, 20, kernel, kernel)
+    expected = reference.weight_grad(x.double(), y.double(), weight[2:], geometry)
+    x, y = (t.to(memory_format=torch.channels_last) if last else t for t, last in ((x, last_x), (y, last_y)))
+    plan = launch.plan_weight_grad(layout_of(x), weight, False, layout_of(y), geometry, x.dtype, True, H200)
+    assert not any(plan.copies) and plan.constants["BLOCK_N"] == 32 and plan.constants["BLOCK_K"] == 32
+    vectors = plan.constants["X_VEC"], plan.constants["Y_VEC"]
+    assert vectors == tuple(1 if last or kernel == 3 else 16 for last in (last_x, last_y))
+    result = torch.full(weight, torch.nan, device=device)
+    kernels.weight_grad(x, y, result, geometry, tf32=True)
+    tolerance = 1e-4 if device == "cpu" else 2e-2
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * 10)
+
+
 def test_a_neighbouring_channel_full_of_nan_stays_outside(device):
     """Columns beside the matrix are loaded like others but never stored; and no padding is multiplied."""
     x, y = random_tensors(31, (2, 24, 5, 4), (2, 20, 5, 4), dtype=torch.float32, device=device)

@@ -331,7 +331,7 @@ def plan_weight_grad(
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
     padded = _padded(kernel, geometry, x, y)
-    # The sum runs over pixels, and operands of 16 bits can lie either way. In TF32 matrix units want neighbouring pixels
+    # The sum runs over pixels; operands of 16 bits can lie either way. In TF32 matrix units want neighbouring pixels
     # side by side, as they lie channels-first. With padding each tap has a box of pixels, with gaps between its rows.
     x_in_order, y_in_order = _in_order(kernel, geometry, x, y), flatten or not padded
     tf32 = tf32 and dtype == torch.float32

@@ -343,7 +343,8 @@ def plan_weight_grad(
         access_y = access.read(y, either_way and y_in_order, a, b)
     along_channels = [operand for operand in (access_x, access_y) if operand.last or not tf32]
     columns = taps * b if flatten else b
-    swap = a <= device.matrix_columns < min(columns, 16)
+    # Matrix instructions have 16 rows or more, or Hopper's wide ones 64, but 8 columns do.
+    swap = a <= device.matrix_columns < min(columns, 16) or (a <= 32 and columns >= 64 and not flatten)
     config = choose_config(
         *((columns, a) if swap else (a, columns)),
         pixels,

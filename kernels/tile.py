@@ -27,6 +27,32 @@ def unravel(pixel, D, H, W, NDIM: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(size):
+    """(factor, shift) such that `quotient` divides by a size from 1 to 2^31 - 1, here in full once and for all.
+
+    With l = ceil(log2(size)): factor = ceil(2^(31 + l) / size), a number of 32 bits. floor(pixel * factor / 2^(31 + l))
+    is then exact for every pixel of 31 bits (Granlund and Montgomery, "Division by invariant integers using
+    multiplication", 1994, theorem 4.2).
+    """
+    # The bits of size - 1, from the exponent of a float: with the second highest bit off it is never rounded up.
+    last = size - 1
+    shift = tl.maximum(((last & ~(last >> 1)).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
+    # A division of 64 bits would be a call. A float's is off by some hundreds, and then, of what is left, by a half.
+    power = tl.full((), 1, tl.int64) << (31 + shift)
+    divisor = size.to(tl.float32)
+    factor = (power.to(tl.float32) / divisor).to(tl.int64)
+    factor += tl.floor((power - factor * size).to(tl.float32) / divisor + 0.5).to(tl.int64)
+    factor += (power > factor * size).to(tl.int64)
+    return factor.to(tl.uint32), shift.to(tl.uint32)
+
+
+@triton.jit
+def quotient(pixel, factor, shift):
+    """pixel // size by two instructions, for pixels from 0 to 2^31 - 1."""
+    return (tl.umulhi(pixel.to(tl.uint32) * 2, factor) >> shift).to(tl.int32)
+
+
+@triton.jit
 def element_offset(
     n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr = 1
 ):
@@ -66,6 +92,12 @@ def in_bounds(d, h, w, D, H, W, NDIM: tl.constexpr):
 def outer_sum(rows, columns, COLUMNS_INNER: tl.constexpr):
     """rows + columns as a tile whose innermost axis is the columns, or else the rows: along it, lanes lie."""
     return rows[:, None] + columns[None, :] if COLUMNS_INNER else columns[:, None] + rows[None, :]
+
+
+@triton.jit
+def outer_row(rows, COLUMNS_INNER: tl.constexpr):
+    """What only depends on the row, as a tile to be broadcast."""
+    return rows[:, None] if COLUMNS_INNER else rows[None, :]
 
 
 @triton.jit

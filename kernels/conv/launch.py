@@ -315,6 +315,13 @@ def plan_apply_transposed(
     return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,), axes=axes)
 
 
+def _reach(layout: Layout, walk: Access, pixels: int, step: int) -> int:
+    """Elements from the first to the last of a tensor, or along so many steps of its last axis if they go further."""
+    lengths = layout.shape[0], walk.channels, *three(layout.shape[2:], 1)
+    extent = 1 + sum((length - 1) * stride for length, stride in zip(lengths, walk.strides, strict=True))
+    return max(extent, pixels * step * walk.strides[-1])
+
+
 @lru_cache(maxsize=4096)
 def plan_weight_grad(
     x: Layout,
@@ -332,19 +339,26 @@ def plan_weight_grad(
     pixels = y.shape[0] * math.prod(y.shape[2:])
     flatten = taps > 1 and b < 16
     padded = _padded(kernel, geometry, x, y)
-    # The sum runs over pixels: operands of 16 bits can lie either way, TF32 turns channels-first ones in registers.
-    # With padding each tap has a box of pixels of its own, with gaps between its rows.
-    either_way = dtype.itemsize == 2
-    access_x = access.read(x, either_way and _in_order(kernel, geometry, x, y), b, a)
-    access_y = access.read(y, either_way and (flatten or not padded), a, b)
+    # The sum runs over pixels; operands of 16 bits can lie either way. In TF32 matrix units want neighbouring pixels
+    # side by side, as they lie channels-first. With padding each tap has a box of pixels, with gaps between its rows.
+    x_in_order, y_in_order = _in_order(kernel, geometry, x, y), flatten or not padded
+    tf32 = tf32 and dtype == torch.float32
+    if tf32:
+        access_x, access_y = access.write(x, x_in_order), access.write(y, y_in_order)
+    else:
+        either_way = dtype.itemsize == 2
+        access_x = access.read(x, either_way and x_in_order, b, a)
+        access_y = access.read(y, either_way and y_in_order, a, b)
+    along_channels = [operand for operand in (access_x, access_y) if operand.last or not tf32]
     columns = taps * b if flatten else b
-    swap = a <= device.matrix_columns < min(columns, 16)
+    # Matrix instructions have 16 rows or more, or Hopper's wide ones 64, but 8 columns do.
+    swap = a <= device.matrix_columns < min(columns, 16) or (a <= 32 and columns >= 64 and not flatten)
     config = choose_config(
         *((columns, a) if swap else (a, columns)),
         pixels,
         dtype.itemsize,
         uses_tensor_cores(dtype, tf32),
-        not flatten and access.is_wide([access_x, access_y], a, b),
+        not flatten and (not along_channels or access.is_wide(along_channels, a, b)),
         device,
         device.multiprocessors,
     )
@@ -364,8 +378,13 @@ def plan_weight_grad(
         "PADDED": padded,
         "SWAP": swap,
         "INDEX": index_dtype(pixels),
+        "OFFSET": index_dtype(max(_reach(x, access_x, pixels, geometry.stride[-1]), _reach(y, access_y, pixels, 1))),
     }
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
+    if tf32 and device.matrix_columns == 8:
+        # Channels-last operands are turned on their way to shared memory, so 4 bytes at a time. Lanes 4 channels apart
+        # would all write to two of its 32 banks; side by side they write to eight (counted, not measured).
+        constants |= {f"{name}_VEC": 1 for name, side in (("X", access_x), ("Y", access_y)) if side.last}
     sizes = _sizes(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     copies = access_x.copied, access_y.copied
     return ConvPlan(conv_weight_grad_kernel, (tiles, splits), sizes, constants, copies=copies)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, element_offset, in_bounds, outer_and, outer_sum, rows_by_columns, unravel
+from ..tile import dot, outer_row, outer_sum, quotient, reciprocal, rows_by_columns
 from .tile import CHANNEL_STRIDES, RUNTIME
 
 
@@ -13,6 +13,76 @@ def _reached(offset, S: tl.constexpr, SIZE, OUT):
     low = (tl.maximum(-offset, 0) + S - 1) // S
     high = tl.minimum((tl.maximum(SIZE - offset, 0) + S - 1) // S, OUT)
     return low, tl.maximum(high - low, 0)
+
+
+@triton.jit
+def _within(index, mask, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """The indices, in aligned runs of VEC, with those masked out replaced by ones from the first run."""
+    index = tl.where(mask, index, tl.arange(0, BLOCK) % VEC)
+    return tl.max_contiguous(tl.multiple_of(index, VEC), VEC)
+
+
+@triton.jit
+def _divisor(size):
+    """What `_divide` takes to divide by a size: few tensors have pixels past 31 bits, so only those pay for it."""
+    return (size, size) if size.dtype == tl.int64 else reciprocal(size)
+
+
+@triton.jit
+def _divide(pixel, by):
+    return pixel // by[0] if pixel.dtype == tl.int64 else quotient(pixel, by[0], by[1])
+
+
+@triton.jit
+def _gaps(
+    rows,
+    planes,
+    images,
+    D,
+    H,
+    W,
+    step_n,
+    step_d,
+    step_h,
+    step_w,
+    NDIM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    VEC: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Element offset of a flat pixel index over (n, d, h, w), beyond a step along w for each pixel.
+
+    All are multiples of VEC, and each RUN of pixels, which is VEC then, have the same.
+    """
+    step_n = step_n.to(OFFSET)
+    if NDIM == 1:
+        step_h = step_n
+    elif NDIM == 2:
+        step_d = step_n
+    offset = rows.to(OFFSET) * (step_h - W * step_w)
+    if NDIM >= 2:
+        offset += planes.to(OFFSET) * (step_d - H * step_h)
+    if NDIM == 3:
+        offset += images.to(OFFSET) * (step_n - D * step_d)
+    offset = tl.multiple_of(offset, VEC)
+    if RUN > 1:
+        offset = tl.max_constancy(offset, RUN)
+    return offset
+
+
+@triton.jit
+def _line(step_w, BLOCK: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
+    """Element offsets of BLOCK pixels side by side."""
+    offset = tl.multiple_of(tl.arange(0, BLOCK) * step_w, VEC)
+    if RUN > 1:
+        offset = tl.max_contiguous(offset, RUN)
+    return offset
+
+
+@triton.jit
+def _inside(index, SIZE):
+    """0 <= index < SIZE, by one comparison."""
+    return index.to(tl.uint32, bitcast=True) < SIZE.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -64,6 +134,7 @@ def conv_weight_grad_kernel(
     PADDED: tl.constexpr,
     SWAP: tl.constexpr,
     INDEX: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -81,6 +152,7 @@ def conv_weight_grad_kernel(
     """
     X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
     Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
+    RUN: tl.constexpr = X_RUN if X_RUN > Y_RUN else Y_RUN
     B = IN_UNITS * IN_VEC
     A = OUT_UNITS * OUT_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -89,79 +161,96 @@ def conv_weight_grad_kernel(
     pid = tl.program_id(0)
     pid_m = pid % tiles_m
     pid_b = pid // tiles_m % tiles_b
-    group = (pid // (tiles_m * tiles_b) % GROUPS).to(tl.int64)
-    split = tl.program_id(1).to(tl.int64)
+    group = pid // (tiles_m * tiles_b) % GROUPS
+    split = tl.program_id(1)
 
     offs_a = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_a = offs_a < A
     column = pid_b * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_b = column < (TAPS * B if FLATTEN else B)
+    # What lies beside the matrix is never stored, so its operands may be any that exist: no load asks for its channel.
+    read_a = _within(offs_a, mask_a, BLOCK_M, OUT_VEC)
     if FLATTEN:
-        tap = column // B
+        tap = tl.minimum(column // B, TAPS - 1)
         b = column % B
-        mask_b = column < TAPS * B
     else:
         tap = pid // (tiles_m * tiles_b) // GROUPS
-        b = column
-        mask_b = b < B
+        b = _within(column, mask_b, BLOCK_N, IN_VEC)
     rd = (tap // (KH * KW)) * DD - PAD_D
     rh = (tap // KW % KH) * DH - PAD_H
     rw = (tap % KW) * DW - PAD_W
-    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_xd, stride_xh, stride_xw, NDIM, X_VEC)
-    offs_xc = (group * B + b) * stride_xc
-    if not X_LAST:
-        offs_xc = tl.multiple_of(offs_xc, X_VEC)
-    offs_yc = (group * A + offs_a) * stride_yc
-    if not Y_LAST:
-        offs_yc = tl.multiple_of(offs_yc, Y_VEC)
-
+    x_d = stride_xd.to(OFFSET)
+    x_h = stride_xh.to(OFFSET)
+    x_w = stride_xw.to(OFFSET)
+    y_d = stride_yd.to(OFFSET)
+    y_h = stride_yh.to(OFFSET)
+    y_w = stride_yw.to(OFFSET)
+    offs_x0 = rd * x_d + rh * x_h + rw * x_w
     if FLATTEN:
-        pixels = N.to(INDEX) * OD * OH * OW
+        offs_y0 = tl.full((), 0, OFFSET)
     else:
         low_d, OD = _reached(rd, SD, ID, OD)
         low_h, OH = _reached(rh, SH, IH, OH)
         low_w, OW = _reached(rw, SW, IW, OW)
-        pixels = N.to(INDEX) * OD * OH * OW
-        # No pixel is no step; but the compiler may divide by these ahead of the loop.
+        offs_x0 += low_d * SD * x_d + low_h * SH * x_h + low_w * SW * x_w
+        offs_y0 = low_d * y_d + low_h * y_h + low_w * y_w
+    pixels = N.to(INDEX) * OD * OH * OW
+    if not FLATTEN:
+        # No pixel is no step; but the reciprocals are taken ahead of the loop.
         OD = tl.maximum(OD, 1)
         OH = tl.maximum(OH, 1)
         OW = tl.maximum(OW, 1)
-    split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
+    offs_xc = (group * B + b).to(OFFSET) * stride_xc + tl.multiple_of(offs_x0, X_VEC)
+    if not X_LAST:
+        offs_xc = tl.multiple_of(offs_xc, X_VEC)
+    offs_yc = (group * A + read_a).to(OFFSET) * stride_yc + tl.multiple_of(offs_y0, Y_VEC)
+    if not Y_LAST:
+        offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
+    # A tile's offsets are those of pixels side by side, and what lies between one row, plane or image and the next.
+    by_w = _divisor(OW.to(INDEX))
+    by_h = _divisor(OH.to(INDEX) * OW) if NDIM >= 2 else by_w
+    by_d = _divisor(OD.to(INDEX) * OH * OW) if NDIM == 3 else by_h
+    line_y = _line(y_w, BLOCK_K, Y_VEC, Y_RUN)
+    line_x = _line(SW * x_w, BLOCK_K, X_VEC, X_RUN)
+
+    split_steps = tl.cdiv(pixels, tl.num_programs(1) * BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=ACC)
-    pixel0 = split.to(INDEX) * split_steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    for step in range(0, split_steps):
-        n, od, oh, ow = unravel(pixel0 + step * BLOCK_K, OD, OH, OW, NDIM)
-        mask_k = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN else Y_RUN)
-        if not FLATTEN:
-            od += low_d
-            oh += low_h
-            ow += low_w
-        offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
-        y = tl.load(y_ptr + outer_sum(offs_y, offs_yc, Y_LAST), mask=outer_and(mask_k, mask_a, Y_LAST), other=0.0)
-        i_d = od * SD
-        i_h = oh * SH
-        i_w = ow * SW
-        offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
-        if FLATTEN:
-            mask_x = outer_and(mask_k, mask_b, X_LAST)
-            if PADDED:
-                d = outer_sum(i_d, rd, X_LAST)
-                h = outer_sum(i_h, rh, X_LAST)
-                w = outer_sum(i_w, rw, X_LAST)
-                mask_x = mask_x & in_bounds(d, h, w, ID, IH, IW, NDIM)
-            x_ptrs = x_ptr + outer_sum(offs_x, offs_tap + offs_xc, X_LAST)
-        else:
-            mask_x = outer_and(mask_k, mask_b, X_LAST)
-            x_ptrs = x_ptr + outer_sum(offs_x + offs_tap, offs_xc, X_LAST)
+    first = split.to(INDEX) * split_steps * BLOCK_K
+    x_at = x_ptr + tl.multiple_of(first.to(OFFSET) * (SW * x_w), X_VEC) + offs_xc
+    y_at = y_ptr + tl.multiple_of(first.to(OFFSET) * y_w, Y_VEC) + offs_yc
+    for _ in range(0, split_steps):
+        pixel = first + tl.arange(0, BLOCK_K)
+        mask_k = tl.max_constancy(tl.arange(0, BLOCK_K) < pixels - first, RUN)
+        rows = _divide(pixel, by_w)
+        planes = _divide(pixel, by_h) if NDIM >= 2 else rows
+        images = _divide(pixel, by_d) if NDIM == 3 else planes
+        gaps_y = _gaps(rows, planes, images, OD, OH, OW, stride_yn, y_d, y_h, y_w, NDIM, OFFSET, Y_VEC, Y_RUN)
+        y_ptrs = outer_sum(gaps_y + line_y, y_at, Y_LAST)
+        y = tl.load(y_ptrs, mask=outer_row(mask_k, Y_LAST), other=0.0)
+        gaps_x = _gaps(
+            rows, planes, images, OD, OH, OW, stride_xn, SD * x_d, SH * x_h, SW * x_w, NDIM, OFFSET, X_VEC, X_RUN
+        )
+        x_ptrs = outer_sum(gaps_x + line_x, x_at, X_LAST)
+        mask_x = outer_row(mask_k, X_LAST)
+        if FLATTEN and PADDED:
+            mask_x = mask_x & _inside(outer_sum((pixel - rows * OW).to(tl.int32) * SW, rw, X_LAST), IW)
+            if NDIM >= 2:
+                mask_x = mask_x & _inside(outer_sum((rows - planes * OH).to(tl.int32) * SH, rh, X_LAST), IH)
+            if NDIM == 3:
+                mask_x = mask_x & _inside(outer_sum((planes - images * OD).to(tl.int32) * SD, rd, X_LAST), ID)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         x = rows_by_columns(x, X_LAST)
         y = rows_by_columns(y, Y_LAST)
-        rows = x if SWAP else y
-        acc = dot(tl.trans(rows), y if SWAP else x, acc, PRECISION, UPCAST)
+        left = x if SWAP else y
+        acc = dot(tl.trans(left), y if SWAP else x, acc, PRECISION, UPCAST)
+        first += BLOCK_K
+        x_at += tl.multiple_of(BLOCK_K * SW * x_w, X_VEC)
+        y_at += tl.multiple_of(BLOCK_K * y_w, Y_VEC)
     if SWAP:
         acc = tl.trans(acc)
 
-    offs_w = (split * GROUPS + group) * A + offs_a
+    offs_w = (split.to(tl.int64) * GROUPS + group) * A + offs_a
     offs_column = tap * B + b if W_CHANNELS_LAST else b * TAPS + tap
     tl.store(
         w_ptr + (offs_w * (TAPS * B))[:, None] + offs_column[None, :],

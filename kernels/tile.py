@@ -101,6 +101,11 @@ def outer_row(rows, COLUMNS_INNER: tl.constexpr):
 
 
 @triton.jit
+def outer_column(columns, COLUMNS_INNER: tl.constexpr):
+    return columns[None, :] if COLUMNS_INNER else columns[:, None]
+
+
+@triton.jit
 def outer_and(rows, columns, COLUMNS_INNER: tl.constexpr):
     return rows[:, None] & columns[None, :] if COLUMNS_INNER else columns[:, None] & rows[None, :]
 

@@ -8,7 +8,7 @@ pixel, and rows and columns that are not stored read what is anywhere near inste
 import triton
 import triton.language as tl
 
-from ..tile import dot, in_bounds, inside, outer_and, outer_sum, rows_by_columns
+from ..tile import dot, in_bounds, inside, outer_and, outer_column, outer_row, outer_sum, rows_by_columns
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def walk(
             meets = _meets(bits, tap[3], pixel, tap, hops, sizes, NDIM, BITS)
         x = tl.load(x_ptrs + x_offset, mask=outer_and(meets, mask_k, X_LAST), other=0.0)
         w = tl.load(w_ptrs + w_offset, mask=mask_k[:, None], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        acc = dot(rows_byouter_column(x, X_LAST), w, acc, PRECISION, UPCAST)
         if SEVERAL:
             c, tap, ends = _advance(c, tap, C, taps, NDIM, BLOCK_K)
             x_offset += _jump(x_jumps, ends, NDIM, X_VEC)
@@ -149,17 +149,6 @@ def walk(
             x_offset += tl.multiple_of(x_jumps[0], X_VEC)
             w_offset += tl.multiple_of(w_jumps[0], W_VEC)
     return acc
-
-
-@triton.jit
-def _rows(values, COLUMNS_INNER: tl.constexpr):
-    """One value for each row of a tile of `outer_sum`."""
-    return values[:, None] if COLUMNS_INNER else values[None, :]
-
-
-@triton.jit
-def _columns(values, COLUMNS_INNER: tl.constexpr):
-    return values[None, :] if COLUMNS_INNER else values[:, None]
 
 
 @triton.jit
@@ -200,10 +189,10 @@ def walk_flat(
         mask_x = outer_and(tl.full(x_ptrs.shape, True, tl.int1), mask_k, X_LAST)
         if PADDED:
             mask_x &= _meets(
-                _rows(bits, X_LAST),
-                _columns(count, X_LAST),
-                (_rows(pixel[0], X_LAST), _rows(pixel[1], X_LAST), _rows(pixel[2], X_LAST)),
-                (_columns(jd, X_LAST), _columns(jh, X_LAST), _columns(jw, X_LAST)),
+                outer_row(bits, X_LAST),
+                outer_column(count, X_LAST),
+                (outer_row(pixel[0], X_LAST), outer_row(pixel[1], X_LAST), outer_row(pixel[2], X_LAST)),
+                (outer_column(jd, X_LAST), outer_column(jh, X_LAST), outer_column(jw, X_LAST)),
                 hops,
                 sizes,
                 NDIM,
@@ -211,5 +200,5 @@ def walk_flat(
             )
         x = tl.load(outer_sum(x_ptrs, offs, X_LAST), mask=mask_x, other=0.0)
         w = tl.load(w_ptrs[None, :] + k[:, None], mask=mask_k[:, None], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        acc = dot(rows_byouter_column(x, X_LAST), w, acc, PRECISION, UPCAST)
     return acc

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, outer_row, outer_sum, quotient, reciprocal, rows_by_columns
+from ..tile import dot, inside, outer_row, outer_sum, quotient, reciprocal, rows_by_columns
 from .tile import CHANNEL_STRIDES, RUNTIME
+from .walk import within
 
 
 @triton.jit
@@ -13,13 +14,6 @@ def _reached(offset, S: tl.constexpr, SIZE, OUT):
     low = (tl.maximum(-offset, 0) + S - 1) // S
     high = tl.minimum((tl.maximum(SIZE - offset, 0) + S - 1) // S, OUT)
     return low, tl.maximum(high - low, 0)
-
-
-@triton.jit
-def _within(index, mask, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """The indices, in aligned runs of VEC, with those masked out replaced by ones from the first run."""
-    index = tl.where(mask, index, tl.arange(0, BLOCK) % VEC)
-    return tl.max_contiguous(tl.multiple_of(index, VEC), VEC)
 
 
 @triton.jit
@@ -77,12 +71,6 @@ def _line(step_w, BLOCK: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
     if RUN > 1:
         offset = tl.max_contiguous(offset, RUN)
     return offset
-
-
-@triton.jit
-def _inside(index, SIZE):
-    """0 <= index < SIZE, by one comparison."""
-    return index.to(tl.uint32, bitcast=True) < SIZE.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -169,13 +157,13 @@ def conv_weight_grad_kernel(
     column = pid_b * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_b = column < (TAPS * B if FLATTEN else B)
     # What lies beside the matrix is never stored, so its operands may be any that exist: no load asks for its channel.
-    read_a = _within(offs_a, mask_a, BLOCK_M, OUT_VEC)
+    read_a = within(offs_a, A, OUT_VEC)
     if FLATTEN:
         tap = tl.minimum(column // B, TAPS - 1)
         b = column % B
     else:
         tap = pid // (tiles_m * tiles_b) // GROUPS
-        b = _within(column, mask_b, BLOCK_N, IN_VEC)
+        b = within(column, B, IN_VEC)
     rd = (tap // (KH * KW)) * DD - PAD_D
     rh = (tap // KW % KH) * DH - PAD_H
     rw = (tap % KW) * DW - PAD_W
@@ -234,11 +222,11 @@ def conv_weight_grad_kernel(
         x_ptrs = outer_sum(gaps_x + line_x, x_at, X_LAST)
         mask_x = outer_row(mask_k, X_LAST)
         if FLATTEN and PADDED:
-            mask_x = mask_x & _inside(outer_sum((pixel - rows * OW).to(tl.int32) * SW, rw, X_LAST), IW)
+            mask_x = mask_x & inside(outer_sum((pixel - rows * OW).to(tl.int32) * SW, rw, X_LAST), IW)
             if NDIM >= 2:
-                mask_x = mask_x & _inside(outer_sum((rows - planes * OH).to(tl.int32) * SH, rh, X_LAST), IH)
+                mask_x = mask_x & inside(outer_sum((rows - planes * OH).to(tl.int32) * SH, rh, X_LAST), IH)
             if NDIM == 3:
-                mask_x = mask_x & _inside(outer_sum((planes - images * OD).to(tl.int32) * SD, rd, X_LAST), ID)
+                mask_x = mask_x & inside(outer_sum((planes - images * OD).to(tl.int32) * SD, rd, X_LAST), ID)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         x = rows_by_columns(x, X_LAST)
         y = rows_by_columns(y, Y_LAST)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, finish, load_inputs
+from .order import order_k, product_to_memory
+from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -21,9 +22,6 @@ def rnn_resident_kernel(
     stride_xt,
     stride_xb,
     stride_xd,
-    stride_wd,
-    stride_wk,
-    stride_wn,
     H: tl.constexpr,
     D: tl.constexpr,
     EFFECT: tl.constexpr,
@@ -35,94 +33,83 @@ def rnn_resident_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """y_t = e_t(x_t + y_{t-1} M) for all steps; program (b, d) has rows b BLOCK_B ... of direction d.
 
-    y_{t-1} stays in registers, and so does M [H, H], loaded once; only x_t and y_t pass through memory.
+    y_{t-1} stays on the multiprocessor, and so does W = M^T (D, H, H), loaded once; only x_t and y_t pass through
+    memory. Tiles have the shape [BLOCK_B / 8, R, W, 8, 4 V] of `order`: W warps side by side, V neighbours a thread.
     """
-    pid_b = tl.program_id(0).to(tl.int64)
-    pid_d = tl.program_id(1).to(tl.int64)
-    offs_b = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < H
-    offs_w = pid_d * stride_wd + offs_n.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn
-    w = tl.load(w_ptr + offs_w, mask=mask_n[:, None] & mask_n[None, :], other=0.0)
-    state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
-    # The next step's inputs come in while this one computes, where there are registers left for them.
-    AHEAD: tl.constexpr = BLOCK_N <= 128
-    previous_size = B * 0
-    x, gate, start, size = load_inputs(
-        x_ptr,
-        gate_ptr,
-        first_ptr,
-        0,
-        previous_size,
-        offs_b,
-        offs_n,
-        pid_d,
-        offsets_ptr,
-        T,
-        B,
-        stride_xt,
-        stride_xb,
-        stride_xd,
-        H,
-        D,
-        EFFECT,
-        BACKWARD,
-        PACKED,
-        HAS_FIRST,
-        VEC,
-        ACC,
+    pid_b = tl.program_id(0)
+    pid_d = tl.program_id(1)
+    x_ptr += tl.multiple_of(pid_d.to(tl.int64) * stride_xd, VEC)
+    VECTOR: tl.constexpr = 16 * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
+    W: tl.constexpr = min(WARPS, BLOCK_N // 8)
+    V: tl.constexpr = min(VECTOR, BLOCK_N // (4 * W))
+    R: tl.constexpr = BLOCK_N // (4 * V * W)
+    rows = pid_b * BLOCK_B + (
+        tl.arange(0, BLOCK_B // 8)[:, None, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :, None]
     )
-    for step in tl.range(0, T, num_stages=1):
-        next_x, next_gate, next_start, next_size = load_inputs(
+    units = (
+        tl.arange(0, R)[None, :, None, None, None] * (4 * V * W)
+        + tl.arange(0, W)[None, None, :, None, None] * (4 * V)
+        + tl.arange(0, 4 * V)[None, None, None, None, :]
+    )
+    # Column (r, w, g) of the product is unit n, k in memory's order.
+    K: tl.constexpr = 4 * min(VECTOR, BLOCK_N // 4)
+    r = tl.arange(0, BLOCK_N // (8 * W))[:, None, None, None, None]
+    g = tl.arange(0, 8)[None, None, None, :, None]
+    n = (
+        r // (V // 2) * (4 * V * W)
+        + tl.arange(0, W)[None, None, :, None, None] * (4 * V)
+        + g // 2 * V
+        + r % (V // 2) * 2
+        + g % 2
+    )
+    k = tl.arange(0, BLOCK_N // K)[None, :, None, None, None] * K + tl.arange(0, K)[None, None, None, None, :]
+    w = tl.load(w_ptr + pid_d.to(tl.int64) * H * H + n * H + k, mask=(n < H) & (k < H), other=0.0)
+    E: tl.constexpr = max(1, VECTOR // 4)
+    w = tl.reshape(tl.permute(w, (0, 2, 3, 1, 4)), [BLOCK_N, BLOCK_N // K, K])
+    w = tl.trans(tl.reshape(order_k(w, E), [BLOCK_N, BLOCK_N]))
+    state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
+    t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    size = size_of(start, end, B, PACKED)
+    x, gate = load_inputs(
+        x_ptr, gate_ptr, t, start, size, rows, units, pid_d, stride_xt, stride_xb, H, D, EFFECT, PACKED, VEC
+    )
+    first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
+    previous_size = size * 0
+    t, next_start, next_end = locate(1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    for step in tl.range(0, T, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        # The next step's inputs come in while this one computes, and where the one after it lies.
+        next_size = size_of(next_start, next_end, B, PACKED)
+        next_x, next_gate = load_inputs(
             x_ptr,
             gate_ptr,
-            first_ptr,
-            tl.minimum(step + AHEAD, T - 1),
-            size if AHEAD else previous_size,
-            offs_b,
-            offs_n,
+            t,
+            next_start,
+            next_size,
+            rows,
+            units,
             pid_d,
-            offsets_ptr,
-            T,
-            B,
             stride_xt,
             stride_xb,
-            stride_xd,
             H,
             D,
             EFFECT,
-            BACKWARD,
             PACKED,
-            HAS_FIRST,
             VEC,
-            ACC,
         )
-        if not AHEAD:
-            x, gate, start, size = next_x, next_gate, next_start, next_size
+        t, later_start, later_end = locate(step + 2, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
         product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
-        state = finish(
-            y_ptr,
-            factor_ptr,
-            product,
-            x,
-            gate,
-            start,
-            size,
-            previous_size,
-            offs_b,
-            offs_n,
-            pid_d,
-            H,
-            D,
-            EFFECT,
-            HAS_FACTOR,
-            VEC,
-        )
+        y = apply(product_to_memory(product, R, W, V), first, x, gate, rows, previous_size, EFFECT)
+        store(y_ptr, y, start, size, rows, units, pid_d, H, D)
+        if HAS_FACTOR:
+            store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
+        state = tl.reshape(tl.permute(y.to(w.dtype), (0, 3, 1, 2, 4)), [BLOCK_B, BLOCK_N // K, K])
+        state = tl.reshape(order_k(state, E), [BLOCK_B, BLOCK_N])
         previous_size = size
-        if AHEAD:
-            x, gate, start, size = next_x, next_gate, next_start, next_size
+        x, gate, start, size = next_x, next_gate, next_start, next_size
+        next_start, next_end = later_start, later_end

@@ -1,12 +1,12 @@
 """The order in which tiles are loaded and multiplied, so that a thread loads the very numbers that it multiplies.
 
-Tensor cores take their operands from registers. In mma.sync's order (PTX ISA, "Matrix fragments for mma.m16n8k16") 32
-threads lie over 8 rows and 4 columns of registers: each has 4 bytes of every 16 in a row. Loaded as they stand, they are
-many small loads; and of 16 bytes loaded at once, 12 belong to other threads and go there through shared memory, with a
-barrier before and one behind. But a sum over k may be taken in any order, and hidden units may be numbered in any. So
-tiles are loaded as [..., 8, 4 V], V neighbours to a thread, and the functions here only rename the axes: a thread's V
-neighbours become those that are its own among the 4 V. Where the hardware has another order (MFMA, FMA) Triton moves
-the numbers, and the product is the same.
+Tensor cores take their operands from registers. In mma.sync's order (PTX ISA, "Matrix fragments for mma.m16n8k16") the
+32 threads of a warp lie over 8 rows and 4 columns, and each has 4 bytes of every 16 in a row. Loaded as they stand,
+these are many small loads; and of 16 bytes loaded at once, 12 belong to other threads and go there through shared
+memory, with a barrier before and one behind. But a sum over k may be taken in any order, and hidden units may be
+numbered in any. So tiles are loaded as [..., 8, 4 V], V neighbours to a thread, and the functions here only rename the
+axes: a thread's V neighbours become those that are its own among the 4 V. Where the hardware has another order (MFMA,
+FMA) Triton moves the numbers, and the product is the same.
 """
 
 import triton

@@ -36,6 +36,7 @@ def _case(
         "PACKED": packed,
         "HAS_FIRST": not backward,
         "HAS_FACTOR": effect == "tanh" and dtype == "bf16",
+        "HAS_LAST": effect == "tanh" and dtype != "bf16",
     }
     kernel = launch.KERNELS[config.regime]
     absent = {
@@ -43,6 +44,7 @@ def _case(
         "first_ptr": backward,
         "offsets_ptr": not packed,
         "factor_ptr": not constants["HAS_FACTOR"],
+        "last_ptr": not constants["HAS_LAST"],
     }
     constants |= {pointer: None for pointer, missing in absent.items() if missing and pointer in kernel.arg_names}
     pointers = {"offsets_ptr": "*i64", "counter_ptr": "*i32"}

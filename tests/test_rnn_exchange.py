@@ -109,8 +109,11 @@ def test_programs_that_wait_for_each_other(grids, effect, backward, sizes, direc
     exact = reference.scan(x, gate, first, matrix, packing, effect, backward=backward)
     y = torch.full_like(x, torch.nan)
     factor = torch.full_like(x, torch.nan) if effect == "tanh" else None
-    scan(x, gate, first, matrix, packing, y, factor, effect, backward=backward)
+    last = x.new_full((directions, batch, hidden), torch.nan) if packing is None else None
+    scan(x, gate, first, matrix, packing, y, factor, effect, last=last, backward=backward)
     assert grids == [grid]
     torch.testing.assert_close(y, exact)
+    if last is not None:
+        assert torch.equal(last[0], y[0 if backward else -1, :, 0])
     if factor is not None:
         torch.testing.assert_close(factor, 1 - exact**2)

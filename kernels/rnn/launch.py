@@ -87,6 +87,8 @@ def scan(
     factor: torch.Tensor | None,
     effect: str,
     *,
+    last: torch.Tensor | None = None,
+    transposed: bool = False,
     backward: bool = False,
     tf32: bool = False,
 ) -> None:
@@ -104,24 +106,26 @@ def scan(
         factor: receives 1 - y^2 before it is rounded to the storage dtype, or None.
         effect: e_t: "tanh", "relu", "tanh_derivative" (z (1 - gate^2)), "relu_derivative" (z where gate > 0) or
             "factor" (z gate).
+        last: (D, B, H), contiguous, receives each row's y at the end of its walk, or None.
+        transposed: `matrix` is M^T, which is what the kernels read.
     """
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
-    flags = packing is not None, first is not None, factor is not None
+    flags = packing is not None, first is not None, factor is not None, last is not None
     regime, plan = _plan(steps, batch, x.shape, x.stride(), x.dtype, flags, effect, backward, tf32, device_of(x))
-    hidden = x.shape[-1]
-    if matrix.stride()[-2:] != (1, hidden) or (matrix.dim() == 3 and matrix.stride(0) != hidden * hidden):
-        matrix = matrix.mT.contiguous()
+    weight = matrix if transposed else matrix.mT
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
     offsets = packing.offsets if packing else None
     with device_guard(x):
         if regime == RESIDENT:
-            plan.launch(x, gate, first, matrix, offsets, y, factor)
+            plan.launch(x, gate, first, weight, offsets, y, factor, last)
         elif regime == SHARDED:
             tiles, _, directions = plan.grid
             counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
-            plan.launch(x, gate, first, matrix, offsets, counters, y, factor)
+            plan.launch(x, gate, first, weight, offsets, counters, y, factor, last)
         else:
             for step in range(steps):
-                plan.launch(x, gate, first, matrix, offsets, y, factor, more=(step,))
+                plan.launch(x, gate, first, weight, offsets, y, factor, last, more=(step,))
 
 
 @lru_cache(maxsize=4096)
@@ -131,14 +135,14 @@ def _plan(
     shape: torch.Size,
     x_strides: tuple[int, ...],
     dtype: torch.dtype,
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool],
     effect: str,
     backward: bool,
     tf32: bool,
     device: Device,
 ) -> tuple[str, Plan]:
     """The regime and its launch; of one step in the stepwise regime, of all in the others."""
-    packed, has_first, has_factor = flags
+    packed, has_first, has_factor, has_last = flags
     if len(shape) == (2 if packed else 3):
         hidden = shape[-1]
         shape, x_strides = torch.Size((*shape[:-1], 1, hidden)), (*x_strides[:-1], hidden, 1)
@@ -149,6 +153,7 @@ def _plan(
         "PACKED": packed,
         "HAS_FIRST": has_first,
         "HAS_FACTOR": has_factor,
+        "HAS_LAST": has_last,
     }
     sizes = (steps, batch, *((0, x_strides[0]) if packed else x_strides[:2]), x_strides[-2])
     tiles = triton.cdiv(batch, config.block_b)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..tile import dot
 from .order import order_k, product_to_memory
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store
+from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -17,6 +17,7 @@ def rnn_resident_kernel(
     offsets_ptr,
     y_ptr,
     factor_ptr,
+    last_ptr,
     T,
     B,
     stride_xt,
@@ -29,6 +30,7 @@ def rnn_resident_kernel(
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,6 +110,7 @@ def rnn_resident_kernel(
         store(y_ptr, y, start, size, rows, units, pid_d, H, D)
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
+        store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)
         state = tl.reshape(tl.permute(y.to(w.dtype), (0, 3, 1, 2, 4)), [BLOCK_B, BLOCK_N // K, K])
         state = tl.reshape(order_k(state, E), [BLOCK_B, BLOCK_N])
         previous_size = size

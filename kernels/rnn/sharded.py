@@ -6,7 +6,7 @@ import triton.language as tl
 from ..tile import dot
 from .exchange import signal, wait
 from .order import order_k, sum_of_parts
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store
+from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def rnn_sharded_kernel(
     counter_ptr,
     y_ptr,
     factor_ptr,
+    last_ptr,
     T,
     B,
     stride_xt,
@@ -45,6 +46,7 @@ def rnn_sharded_kernel(
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,6 +130,7 @@ def rnn_sharded_kernel(
         signal(counter_ptr)
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
+        store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)
         start_before, size_before = start, size
         x, gate, start, size = next_x, next_gate, next_start, next_size
         next_start, next_end = later_start, later_end

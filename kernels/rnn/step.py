@@ -120,3 +120,14 @@ def apply(
 def store(ptr, value, start, size, rows, units, pid_d, H: tl.constexpr, D: tl.constexpr):
     offs = (start * D + pid_d) * H + (rows.to(tl.int64) * (D * H) + units)
     tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=(rows < size) & (units < H))
+
+
+@triton.jit
+def store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H: tl.constexpr, HAS_LAST: tl.constexpr):
+    """y of the rows that have no further step, (D, B, H)."""
+    if HAS_LAST:
+        going_on = tl.where(step < T - 1, next_size, 0)
+        if going_on < size:
+            offs = pid_d.to(tl.int64) * B * H + (rows.to(tl.int64) * H + units)
+            mask = (rows >= going_on) & (rows < size) & (units < H)
+            tl.store(last_ptr + offs, y.to(last_ptr.dtype.element_ty), mask=mask)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store
+from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "step"])
@@ -16,6 +16,7 @@ def rnn_stepwise_kernel(
     offsets_ptr,
     y_ptr,
     factor_ptr,
+    last_ptr,
     T,
     B,
     stride_xt,
@@ -29,6 +30,7 @@ def rnn_stepwise_kernel(
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,3 +70,6 @@ def rnn_stepwise_kernel(
     store(y_ptr, y, start, size, rows, units, pid_d, H, D)
     if HAS_FACTOR:
         store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
+    _, next_start, next_end = locate(step + 1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    next_size = size_of(next_start, next_end, B, PACKED)
+    store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)

@@ -40,6 +40,6 @@ def sum_of_parts(parts, V: tl.constexpr):
     S: tl.constexpr = parts.shape[0]
     B: tl.constexpr = parts.shape[1]
     N: tl.constexpr = parts.shape[2]
-    split = tl.reshape(parts, [2, S // 2, B, N // V, V])
-    low, high = tl.split(tl.permute(split, (1, 4, 2, 3, 0)))
-    return tl.reshape(tl.permute(tl.sum(low + high, axis=0), (1, 2, 0)), [B, N])
+    pairs = tl.reshape(parts, [S // 2, 2, B, N // V, V])
+    even, odd = tl.split(tl.permute(pairs, (0, 4, 2, 3, 1)))
+    return tl.reshape(tl.permute(tl.sum(even + odd, axis=0), (1, 2, 0)), [B, N])

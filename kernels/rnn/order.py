@@ -4,7 +4,7 @@ Tensor cores take their operands from registers. In mma.sync's order (PTX ISA, "
 32 threads of a warp lie over 8 rows and 4 columns, and each has 4 bytes of every 16 in a row. Loaded as they stand,
 these are many small loads; and of 16 bytes loaded at once, 12 belong to other threads and go there through shared
 memory, with a barrier before and one behind. But a sum over k may be taken in any order, and hidden units may be
-numbered in any. So tiles are loaded as [..., 8, 4 V], V neighbours to a thread, and the functions here only rename the
+numbered in any. So tiles are loaded as [... 8, 4 V], V neighbours to a thread, and the functions here only rename the
 axes: a thread's V neighbours become those that are its own among the 4 V. Where the hardware has another order (MFMA,
 FMA) Triton moves the numbers, and the product is the same.
 """
@@ -24,10 +24,10 @@ def order_k(tile, E: tl.constexpr):
 
 @triton.jit
 def product_to_memory(tile, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr):
-    """A product [B, N] as [B / 8, R, W, 8, 4 V], its columns renumbered to the order of memory."""
+    """A product [B, N] as [B / 8 R W 8, 4 V], its columns renumbered to the order of memory."""
     B8: tl.constexpr = tile.shape[0] // 8
     split = tl.reshape(tile, [B8, 8, R, V // 2, W, 4, 2])
-    return tl.reshape(tl.permute(split, (0, 2, 4, 1, 5, 3, 6)), [B8, R, W, 8, 4 * V])
+    return tl.reshape(tl.permute(split, (0, 2, 4, 1, 5, 3, 6)), [B8 * R * W * 8, 4 * V])
 
 
 @triton.jit

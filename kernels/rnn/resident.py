@@ -42,7 +42,7 @@ def rnn_resident_kernel(
     """y_t = e_t(x_t + y_{t-1} M) for all steps; program (b, d) has rows b BLOCK_B ... of direction d.
 
     y_{t-1} stays on the multiprocessor, and so does W = M^T (D, H, H), loaded once; only x_t and y_t pass through
-    memory. Tiles have the shape [BLOCK_B / 8, R, W, 8, 4 V] of `order`: W warps side by side, V neighbours a thread.
+    memory. Tiles have a line of 4 V units for each row of 8, of each of W warps, R times over, of each 8 rows.
     """
     pid_b = tl.program_id(0)
     pid_d = tl.program_id(1)
@@ -51,29 +51,19 @@ def rnn_resident_kernel(
     W: tl.constexpr = min(WARPS, BLOCK_N // 8)
     V: tl.constexpr = min(VECTOR, BLOCK_N // (4 * W))
     R: tl.constexpr = BLOCK_N // (4 * V * W)
-    rows = pid_b * BLOCK_B + (
-        tl.arange(0, BLOCK_B // 8)[:, None, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :, None]
-    )
-    units = (
-        tl.arange(0, R)[None, :, None, None, None] * (4 * V * W)
-        + tl.arange(0, W)[None, None, :, None, None] * (4 * V)
-        + tl.arange(0, 4 * V)[None, None, None, None, :]
-    )
-    # Column (r, w, g) of the product is unit n, k in memory's order.
+    line = tl.arange(0, BLOCK_B * BLOCK_N // (4 * V))
+    rows = (pid_b * BLOCK_B + line // (8 * W * R) * 8 + line % 8)[:, None]
+    units = (line // 8 % (W * R) * (4 * V))[:, None] + tl.arange(0, 4 * V)[None, :]
+    # Of W's rows, a warp's eight columns of the product, in the numbering of `product_to_memory`; k in memory's order.
     K: tl.constexpr = 4 * min(VECTOR, BLOCK_N // 4)
-    r = tl.arange(0, BLOCK_N // (8 * W))[:, None, None, None, None]
-    g = tl.arange(0, 8)[None, None, None, :, None]
-    n = (
-        r // (V // 2) * (4 * V * W)
-        + tl.arange(0, W)[None, None, :, None, None] * (4 * V)
-        + g // 2 * V
-        + r % (V // 2) * 2
-        + g % 2
-    )
-    k = tl.arange(0, BLOCK_N // K)[None, :, None, None, None] * K + tl.arange(0, K)[None, None, None, None, :]
-    w = tl.load(w_ptr + pid_d.to(tl.int64) * H * H + n * H + k, mask=(n < H) & (k < H), other=0.0)
-    E: tl.constexpr = max(1, VECTOR // 4)
+    line = tl.arange(0, BLOCK_N * BLOCK_N // K)
+    column, warp, r = line % 8, line // 8 % W, line // (8 * W * (BLOCK_N // K))
+    n = (r // (V // 2) * W + warp) * (4 * V) + column // 2 * V + r % (V // 2) * 2 + column % 2
+    k = (line // (8 * W) % (BLOCK_N // K) * K)[:, None] + tl.arange(0, K)[None, :]
+    w = tl.load(w_ptr + pid_d.to(tl.int64) * H * H + (n * H)[:, None] + k, mask=(n < H)[:, None] & (k < H), other=0.0)
+    w = tl.reshape(w, [BLOCK_N // (8 * W), BLOCK_N // K, W, 8, K])
     w = tl.reshape(tl.permute(w, (0, 2, 3, 1, 4)), [BLOCK_N, BLOCK_N // K, K])
+    E: tl.constexpr = max(1, VECTOR // 4)
     w = tl.trans(tl.reshape(order_k(w, E), [BLOCK_N, BLOCK_N]))
     state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
     t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
@@ -111,7 +101,8 @@ def rnn_resident_kernel(
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
         store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)
-        state = tl.reshape(tl.permute(y.to(w.dtype), (0, 3, 1, 2, 4)), [BLOCK_B, BLOCK_N // K, K])
+        state = tl.reshape(y.to(w.dtype), [BLOCK_B // 8, R * W, 8, 4 * V])
+        state = tl.reshape(tl.permute(state, (0, 2, 1, 3)), [BLOCK_B, BLOCK_N // K, K])
         state = tl.reshape(order_k(state, E), [BLOCK_B, BLOCK_N])
         previous_size = size
         x, gate, start, size = next_x, next_gate, next_start, next_size

@@ -10,17 +10,30 @@ from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, stor
 
 
 @triton.jit
-def load_parts(ptr, rows, stride_row, valid, k, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, INNER: tl.constexpr):
-    """[S, R, K]: rows of k ... k + S K - 1, a K-th of them for each warp, in a product's order along k.
+def load_parts(
+    ptr,
+    first_row,
+    stride_row,
+    end,
+    k,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """[S, ROWS, K]: of ROWS rows the columns k ... k + S K - 1, an S-th for each warp, in a product's order along k.
 
-    rows: [R / INNER, 1, INNER, 1]. INNER = 8: each thread has what it will multiply.
+    With INNER = 8 each thread loads what it will multiply.
     """
-    offs_k = k + tl.arange(0, S)[None, :, None, None] * K + tl.arange(0, K)[None, None, None, :]
-    mask = valid & (offs_k < H)
+    line = tl.arange(0, ROWS * S)  # INNER rows of one part, the same of the next part and so on, then the next INNER
+    rows = first_row + line // (INNER * S) * INNER + line % INNER
+    offs_k = (k + line // INNER % S * K)[:, None] + tl.arange(0, K)[None, :]
+    offs = (rows.to(tl.int64) * stride_row)[:, None] + offs_k
     # Past L1: another multiprocessor wrote it.
-    tile = tl.load(ptr + (rows.to(tl.int64) * stride_row + offs_k), mask=mask, other=0.0, cache_modifier=".cg")
-    tile = tl.reshape(tl.permute(tile, (1, 0, 2, 3)), [S, rows.shape[0] * INNER, K])
-    return order_k(tile, max(1, 32 // tile.dtype.primitive_bitwidth))
+    tile = tl.load(ptr + offs, mask=(rows < end)[:, None] & (offs_k < H), other=0.0, cache_modifier=".cg")
+    tile = tl.permute(tl.reshape(tile, [ROWS // INNER, S, INNER, K]), (1, 0, 2, 3))
+    return order_k(tl.reshape(tile, [S, ROWS, K]), max(1, 32 // tile.dtype.primitive_bitwidth))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -72,17 +85,11 @@ def rnn_sharded_kernel(
     K: tl.constexpr = 64 * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
     CHUNKS: tl.constexpr = (H + WARPS * K - 1) // (WARPS * K)
     INNER: tl.constexpr = BLOCK_N if not IN_REGISTERS else 8  # pyright: ignore[reportAssignmentType]
-    offs_n = pid_n * BLOCK_N + (
-        tl.arange(0, BLOCK_N // INNER)[:, None, None, None] * INNER + tl.arange(0, INNER)[None, None, :, None]
-    )
     w_ptr += pid_d.to(tl.int64) * H * H
     columns = ()
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-        w = load_parts(w_ptr, offs_n, H, offs_n < H, c * WARPS * K, H, WARPS, K, INNER)
+        w = load_parts(w_ptr, pid_n * BLOCK_N, H, H, c * WARPS * K, H, BLOCK_N, WARPS, K, INNER)
         columns = columns + (tl.permute(w, (0, 2, 1)),)
-    offs_b = pid_b * BLOCK_B + (
-        tl.arange(0, BLOCK_B // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    )
     rows = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     units = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
@@ -119,7 +126,7 @@ def rnn_sharded_kernel(
         before_ptr = y_ptr + (start_before * D + pid_d) * H
         state = ()
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-            part = load_parts(before_ptr, offs_b, D * H, offs_b < size_before, c * WARPS * K, H, WARPS, K, 8)
+            part = load_parts(before_ptr, pid_b * BLOCK_B, D * H, size_before, c * WARPS * K, H, BLOCK_B, WARPS, K, 8)
             state = state + (part,)
         products = tl.zeros([WARPS, BLOCK_B, BLOCK_N], dtype=ACC)
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]

@@ -85,35 +85,40 @@ def grids(monkeypatch):
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
-    "effect, backward, sizes, directions, hidden, grid",
+    "effect, backward, sizes, directions, hidden, grid, dtype, in_registers",
     [
-        ("tanh", False, [3, 3, 3, 3], 1, 37, (1, 3, 1)),
-        ("tanh", False, [18, 18, 17, 2, 1], 2, 19, (2, 2, 2)),
-        ("relu_derivative", True, [18, 18, 18], 1, 32, (2, 2, 1)),
-        ("factor", True, [3, 2, 2, 1], 2, 37, (1, 3, 2)),
+        ("tanh", False, [3, 3, 3, 3], 1, 37, (1, 3, 1), torch.float16, True),
+        ("tanh", False, [18, 18, 17, 2, 1], 2, 19, (2, 2, 2), torch.float64, True),
+        ("relu_derivative", True, [18, 18, 18], 1, 80, (2, 5, 1), torch.bfloat16, False),
+        ("factor", True, [3, 2, 2, 1], 2, 37, (1, 3, 2), torch.float32, False),
     ],
     ids=["dense", "packed", "backward, dense", "backward, packed"],
 )
-def test_programs_that_wait_for_each_other(grids, effect, backward, sizes, directions, hidden, grid):
-    """Every element is written, and is the definition's."""
+def test_programs_that_wait_for_each_other(
+    grids, monkeypatch, effect, backward, sizes, directions, hidden, grid, dtype, in_registers
+):
+    """Every element is written, and is the definition's, rounded at every step."""
     torch.manual_seed(0)
+    monkeypatch.setattr(launch, "columns_in_registers", lambda *_: in_registers)
     batch = sizes[0]
     packing, rows = None, (len(sizes), batch)
     if len(set(sizes)) > 1:
         packing = Packing(torch.tensor([0, *torch.tensor(sizes).cumsum(0)]), batch)
         rows = (sum(sizes),)
-    x = torch.randn(*rows, directions, hidden, dtype=torch.float64)
+    x = torch.randn(*rows, directions, hidden).to(dtype)
     gate = torch.randn_like(x) if backward else None
-    first = None if backward else torch.randn(directions, batch, hidden, dtype=torch.float64)
-    matrix = torch.randn(directions, hidden, hidden, dtype=torch.float64) / hidden**0.5
-    exact = reference.scan(x, gate, first, matrix, packing, effect, backward=backward)
+    first = None if backward else torch.randn(directions, batch, hidden).to(dtype)
+    matrix = (torch.randn(directions, hidden, hidden) / hidden**0.5).to(dtype)
     y = torch.full_like(x, torch.nan)
     factor = torch.full_like(x, torch.nan) if effect == "tanh" else None
     last = x.new_full((directions, batch, hidden), torch.nan) if packing is None else None
     scan(x, gate, first, matrix, packing, y, factor, effect, last=last, backward=backward)
     assert grids == [grid]
-    torch.testing.assert_close(y, exact)
+    inputs = [None if t is None else t.double() for t in (x, gate, first, matrix)]
+    exact = reference.scan(*inputs, packing, effect, backward=backward)
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-7)
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
     if last is not None:
         assert torch.equal(last[0], y[0 if backward else -1, :, 0])
     if factor is not None:
-        torch.testing.assert_close(factor, 1 - exact**2)
+        torch.testing.assert_close(factor.double(), 1 - exact**2, rtol=tolerance, atol=tolerance)

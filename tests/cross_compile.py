@@ -50,7 +50,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "mfma"),
 }
 
-OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid", "maxnreg")
 BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "LANES", "ROWS", "COLS", "U")
 # fp16 compiles to the same code as bf16 but for the instructions' types.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from backstride.kernels.rnn import launch
-from backstride.kernels.rnn.config import RESIDENT, SHARDED, RnnConfig, choose_config
-from backstride.kernels.rnn.exchange import COUNTER_LINE, exchange_probe_kernel
+from backstride.kernels.rnn.config import RnnConfig, choose_config
+from backstride.kernels.rnn.exchange import exchange_probe_kernel
 from backstride.kernels.runtime import Device
 
 from .cross_compile import DTYPES, POINTER, Case, Target
@@ -33,32 +32,21 @@ def _case(
 ) -> Case:
     x = torch.empty(4, 4, directions, hidden, dtype=DTYPES[dtype], device="meta")
     backward = effect not in ("tanh", "relu")
-    constants: dict[str, Any] = launch.constants_of(x, effect, backward, dtype == "tf32", config) | {
+    constants = launch.constants_of(x, effect, backward, dtype == "tf32", config, cuda) | {
         "PACKED": packed,
         "HAS_FIRST": not backward,
         "HAS_FACTOR": effect == "tanh" and dtype == "bf16",
+        "HAS_LAST": effect == "tanh" and dtype != "bf16",
     }
-    kernel = launch.rnn_resident_kernel
-    if config.regime != RESIDENT:
-        kernel = launch.rnn_sharded_kernel
-        constants |= {
-            "BLOCK_K": config.block_k,
-            "COUNTER_LINE": COUNTER_LINE,
-            "PERSISTENT": config.regime == SHARDED,
-            "ASSEMBLY": cuda,
-        }
-        if config.regime == SHARDED:
-            constants["launch_cooperative_grid"] = True
+    kernel = launch.KERNELS[config.regime]
     absent = {
         "gate_ptr": not backward,
         "first_ptr": backward,
         "offsets_ptr": not packed,
-        "counter_ptr": config.regime != SHARDED,
         "factor_ptr": not constants["HAS_FACTOR"],
+        "last_ptr": not constants["HAS_LAST"],
     }
     constants |= {pointer: None for pointer, missing in absent.items() if missing and pointer in kernel.arg_names}
-    # The matrix is the weight read by columns forward, by rows backward.
-    constants["stride_wn" if backward else "stride_wk"] = 1
     pointers = {"offsets_ptr": "*i64", "counter_ptr": "*i32"}
     signature = {
         argument: pointers.get(argument, POINTER[dtype]) if argument.endswith("_ptr") else "i32"

@@ -76,6 +76,7 @@ def test_every_kernel_is_compiled(compiled):
         "reduce_splits_kernel",
         "rnn_resident_kernel",
         "rnn_sharded_kernel",
+        "rnn_stepwise_kernel",
         "to_channels_last_kernel",
     }
 

@@ -59,6 +59,19 @@ def scan_inputs(effect, packed, with_first, dtype, device, batch=3, hidden=19):
     return x, gate, first, matrix.transpose(1, 2), packing
 
 
+def last_of(y, packing, backward):
+    """Each sequence's y at the end of its walk, (2, batch, H); y (T, batch, 2, H) or packed."""
+    if packing is None:
+        ends = [y[-1], y[0]]
+    else:
+        starts = packing.offsets[:-1]
+        lengths = [int((packing.offsets.diff() > b).sum()) for b in range(packing.batch)]
+        ends = [torch.stack([y[starts[n - 1] + b] for b, n in enumerate(lengths)]), y[: packing.batch]]
+    if backward:
+        ends.reverse()
+    return torch.stack([ends[0][:, 0], ends[1][:, 1]])
+
+
 def fp64(tensor):
     return None if tensor is None else tensor.cpu().double()
 
@@ -74,12 +87,16 @@ def test_scan(regime, effect, device):
     for backward, packed, with_first in combinations if effect == "tanh" else combinations[::3]:
         x, gate, first, matrix, packing = scan_inputs(effect, packed, with_first, dtype, device)
         y, factor = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-        scan(x, gate, first, matrix, packing, y, factor if effect == "tanh" else None, effect, backward=backward)
+        last = x.new_full((2, 3, x.shape[-1]), torch.nan) if with_first else None
+        stored = factor if effect == "tanh" else None
+        scan(x, gate, first, matrix, packing, y, stored, effect, last=last, backward=backward)
         on_cpu = None if packing is None else Packing(packing.offsets.cpu(), packing.batch)
         exact = reference.scan(fp64(x), fp64(gate), fp64(first), fp64(matrix), on_cpu, effect, backward=backward)
         torch.testing.assert_close(y.cpu(), exact.to(dtype), rtol=1e-5, atol=1e-5)
         if effect == "tanh":
             torch.testing.assert_close(factor.cpu(), (1 - exact**2).to(dtype), rtol=1e-5, atol=1e-5)
+        if last is not None:
+            assert torch.equal(last, last_of(y, packing, backward))
 
 
 @kernels_run

@@ -194,6 +194,21 @@ def test_packed_as_padded_batch_first():
     assert torch.equal(a.batch_sizes, b.batch_sizes)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 2, 1]], ids=["dense", "packed"])
+def test_last_states_without_gradients(lengths, layers, device):
+    """Written by the kernel, which nothing else can tell: the same bits, and memory of their own."""
+    ours, _ = pair(3, 5, torch.float32, device, num_layers=layers)
+    sequences = [torch.randn(n, 3, device=device) for n in lengths]
+    input = torch.stack(sequences, 1) if lengths[-1] == lengths[0] else pack_sequence(sequences)
+    output, h_n = ours(input)
+    with torch.no_grad():
+        again = ours(input)
+    assert torch.equal(h_n, again[1]) and torch.equal(*leaves(output, again[0]))
+    leaves(again[0])[0].zero_()
+    assert torch.equal(h_n, again[1])
+
+
 @fp64_kernels
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -55,12 +55,14 @@ def _bind(input: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
 
 def _shapes_fit(call: Call, batch: int) -> bool:
     """Whether all is as torch asks: otherwise its own function is called, and raises its own error."""
-    input, hx, params, directions, layers = call.input, call.hx, call.params, call.directions, call.num_layers
+    input, hx, params, layers = call.input, call.hx, call.params, call.num_layers
     if layers < 1 or not params or not 0 <= call.dropout <= 1:
         return False
-    hidden = params[0].shape[0]
-    common: list[tuple[int, ...]] = [(hidden, hidden), (hidden,), (hidden,)][: 3 if call.has_biases else 1]
-    shapes = [(hidden, input.shape[-1]), *common] * directions
+    hidden, directions = params[0].shape[0], 2 if call.bidirectional else 1
+    common: list[tuple[int, ...]] = [(hidden, hidden), (hidden,), (hidden,)] if call.has_biases else [(hidden, hidden)]
+    shapes = [(hidden, input.shape[-1]), *common]
+    if directions > 1:
+        shapes *= 2
     if layers > 1:
         shapes += [(hidden, hidden * directions), *common] * (directions * (layers - 1))
     tensors = params
@@ -119,15 +121,18 @@ def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
         return _run_aten(nonlinearity, call)
     batch = _batch(call)
     offsets = None if call.batch_sizes is None else offsets_of(call.batch_sizes, call.input.device)
-    x, states = call.input, []
+    x, states, directions, last = call.input, [], call.directions, None
     for layer in range(call.num_layers):
-        x = _layer(nonlinearity, call, layer, x, offsets, batch)
-        states.append(_final(x, 0, call.directions, offsets, batch))
-        if call.bidirectional:
-            states.append(_final(x, 1, 2, offsets, batch))
+        x, last = _layer(nonlinearity, call, layer, x, offsets, batch)
+        if last is not None:
+            states.append(last)
+        else:
+            states += [_final(x, d, directions, offsets, batch) for d in range(directions)]
         if layer < call.num_layers - 1:
             x = F.dropout(x, call.dropout, call.train)
-    return x.transpose(0, 1) if call.batch_first else x, torch.cat(states)
+    # A view of the outputs is no state of its own: whoever wrote into one would change the other.
+    h_n = last if last is not None and len(states) == 1 else torch.cat(states)
+    return x.transpose(0, 1) if call.batch_first else x, h_n
 
 
 def _run_aten(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
@@ -141,8 +146,10 @@ def _run_aten(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
     return TORCH[nonlinearity](call.input, call.batch_sizes, hx, *settings)
 
 
-def _layer(nonlinearity: str, call: Call, layer: int, x: Tensor, offsets: Tensor | None, batch: int) -> Tensor:
-    """Outputs (T, B, D H), or packed (rows, D H), of one layer."""
+def _layer(
+    nonlinearity: str, call: Call, layer: int, x: Tensor, offsets: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs (T, B, D H), or packed (rows, D H), of one layer, and last states where the kernel wrote them."""
     w_ih, w_hh, *biases = _parameters(call, layer, 0)
     bias = biases[0] + biases[1] if biases else None
     recurrent = (w_hh,)

@@ -101,7 +101,13 @@ class RNN(nn.RNNBase):
         # `getattr` searches in many places before it comes to an ordinary parameter.
         own: dict[str, Any] = self._parameters
         params = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
-        self.check_input(input, batch_sizes)
+        # Looks first, for it is nearly always right.
+        if (
+            input.dtype != params[0].dtype
+            or input.dim() != (3 if batch_sizes is None else 2)
+            or input.shape[-1] != self.input_size
+        ):
+            self.check_input(input, batch_sizes)
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
         call = Call(

@@ -72,7 +72,7 @@ def _scan(
         if with_factor:
             factor.copy_(1 - exact * exact)
         return y, factor
-    _launch(x, gate, first, matrix, offsets, batch, y, factor if with_factor else None, effect, backward)
+    _launch(x, gate, first, matrix, offsets, batch, y, factor if with_factor else None, effect, backward=backward)
     return y, factor
 
 
@@ -86,13 +86,13 @@ def _launch(
     y: Tensor,
     factor: Tensor | None,
     effect: str,
-    backward: bool,
+    **more: Any,
 ) -> None:
     gate = None if gate is None else gate.contiguous()
     first = None if first is None else first.contiguous()
     x = x if x.stride(-1) == 1 else x.contiguous()
     packing = None if offsets is None else Packing(offsets, batch)
-    launch_scan(x, gate, first, matrix, packing, y, factor, effect, backward=backward, tf32=_tf32(x))
+    launch_scan(x, gate, first, matrix, packing, y, factor, effect, tf32=_tf32(x), **more)
 
 
 @torch.library.register_fake("backstride::rnn_scan", lib=library)
@@ -242,26 +242,27 @@ def outputs(
     offsets: Tensor | None,
     batch: int,
     effect: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Outputs of a layer, (T, B, D H) or packed (rows, D H), from W_ih x + b of that shape and each direction's W_hh.
 
-    hx: (D, B, H), the states before the first step, or None for zeros.
+    hx: (D, B, H), the states before the first step, or None for zeros. The second result has each sequence's last
+    output, (D, B, H), where the kernel wrote it.
     """
     if len(recurrent) == 1 and goes_direct((projected, recurrent[0], hx)):
         # What the op does, without the views that only give its tensors an axis for directions.
-        matrix = recurrent[0].t()
-        first = None if hx is None else torch.bmm(hx, matrix.unsqueeze(0))
+        first = None if hx is None else torch.bmm(hx, recurrent[0].t().unsqueeze(0))
         y = torch.empty_like(projected, memory_format=torch.contiguous_format)
+        last = y.new_empty(1, batch, y.shape[-1])
         if y.numel():
-            _launch(projected, None, first, matrix, offsets, batch, y, None, effect, False)
-        return y
+            _launch(projected, None, first, recurrent[0], offsets, batch, y, None, effect, last=last, transposed=True)
+        return y, last
     matrix = (torch.stack(list(recurrent)) if len(recurrent) > 1 else recurrent[0].unsqueeze(0)).transpose(1, 2)
     first = None if hx is None else torch.bmm(hx, matrix)
     x = projected.unflatten(-1, matrix.shape[:2])
     trained = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
     # 1 - h^2 of a 16-bit h is 0 for every unit beyond |z| = 3.5: the kernel stores it as it knows it, in fp32.
     with_factor = effect == "tanh" and x.dtype.itemsize == 2 and trained
-    return scan(x, None, first, matrix, offsets, batch, effect, with_factor=with_factor).flatten(-2)
+    return scan(x, None, first, matrix, offsets, batch, effect, with_factor=with_factor).flatten(-2), None
 
 
 def _scan_vmap(info, in_dims, x, gate, first, matrix, offsets, batch, effect, backward, with_factor):

@@ -46,12 +46,24 @@ def choose_config(
         block_b = 32 if directions * -(-batch // 16) > device.multiprocessors and block_n <= 128 else 16
         num_warps = block_n // (32 if tensor_cores else 16)
         return RnnConfig(RESIDENT, block_b, block_n, block_n, min(max(num_warps, 1), 8), 1)
-    columns, block_k, num_warps = (32, 64, 4) if itemsize == 2 else (32, 128, 8)
-    shards = -(-hidden // columns)
+    columns, num_warps = 32, 8
+    shards, chunk = -(-hidden // columns), num_warps * 64 // itemsize
     for block_b in (16, 32):
-        shared = (-(-hidden // block_k) * columns + block_b) * block_k * itemsize
+        # The columns in shared memory, if it has to be, and the parts of the sum.
+        shared = -(-hidden // chunk) * chunk * columns * itemsize + num_warps * block_b * columns * 4
+        fits = shared <= device.shared_memory and _registers(hidden * block_b * itemsize, num_warps) <= 160
         together = directions * -(-batch // block_b) * shards <= device.multiprocessors
-        if tensor_cores and together and shared <= device.shared_memory:
-            return RnnConfig(SHARDED, block_b, columns, block_k, num_warps, 1)
+        if tensor_cores and together and fits:
+            return RnnConfig(SHARDED, block_b, columns, chunk, num_warps, 1)
     block_b = min(_power_of_two(batch), 64 if itemsize == 2 else 32)
     return RnnConfig(STEPWISE, block_b, columns, 128 // itemsize if tensor_cores else 16, 4, 3)
+
+
+def _registers(size: int, num_warps: int) -> int:
+    """Of each thread, for this many bytes."""
+    return size // (4 * 32 * num_warps)
+
+
+def columns_in_registers(hidden: int, itemsize: int, config: RnnConfig) -> bool:
+    """Whether the threads of `sharded` have registers for the matrix's columns beside y_{t-1}: 192 of 255."""
+    return _registers(hidden * (config.block_n + config.block_b) * itemsize, config.num_warps) <= 192

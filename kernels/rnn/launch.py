@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of
-from .config import RESIDENT, SHARDED, RnnConfig, choose_config
+from .config import RESIDENT, SHARDED, STEPWISE, RnnConfig, choose_config, columns_in_registers
 from .exchange import COUNTER_LINE
 from .resident import rnn_resident_kernel
 from .sharded import rnn_sharded_kernel
+from .stepwise import rnn_stepwise_kernel
 
 
 class Packing(NamedTuple):
@@ -34,10 +35,16 @@ def choose(batch: int, hidden: int, directions: int, like: torch.Tensor, tf32: b
     return choose_config(batch, hidden, directions, like.dtype.itemsize, tensor_cores, device_of(like))
 
 
-def constants_of(x: torch.Tensor, effect: str, backward: bool, tf32: bool, config: RnnConfig) -> dict[str, Any]:
-    """Compile-time arguments that both kernels have."""
+MAX_REGISTERS = 248  # of a thread: 8 warps of them fit a multiprocessor's 65536
+KERNELS = {RESIDENT: rnn_resident_kernel, SHARDED: rnn_sharded_kernel, STEPWISE: rnn_stepwise_kernel}
+
+
+def constants_of(
+    x: torch.Tensor, effect: str, backward: bool, tf32: bool, config: RnnConfig, assembly: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of the configuration's kernel; `assembly`: programs wait in NVIDIA's."""
     directions, hidden = x.shape[-2:]
-    return {
+    constants = {
         "H": hidden,
         "D": directions,
         "EFFECT": effect,
@@ -46,11 +53,28 @@ def constants_of(x: torch.Tensor, effect: str, backward: bool, tf32: bool, confi
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 and x.dtype == torch.float32 else "ieee",
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "WARPS": config.num_warps,
         "BLOCK_B": config.block_b,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if assembly:
+        # Left to itself, ptxas makes do with what lets more programs share a multiprocessor than ever will, and for it
+        # loads y_{t-1} in several turns, or spills.
+        constants["maxnreg"] = MAX_REGISTERS
+    if config.regime == SHARDED:
+        constants |= {
+            "COUNTER_LINE": COUNTER_LINE,
+            "ASSEMBLY": assembly,
+            "IN_REGISTERS": columns_in_registers(hidden, x.dtype.itemsize, config),
+        }
+        if not INTERPRETED:
+            # The driver refuses a grid that can't run all at once: an error, where waiting would never end.
+            constants["launch_cooperative_grid"] = True
+    if config.regime == STEPWISE:
+        constants["BLOCK_K"] = config.block_k
+    return constants
 
 
 def scan(
@@ -63,6 +87,8 @@ def scan(
     factor: torch.Tensor | None,
     effect: str,
     *,
+    last: torch.Tensor | None = None,
+    transposed: bool = False,
     backward: bool = False,
     tf32: bool = False,
 ) -> None:
@@ -80,23 +106,26 @@ def scan(
         factor: receives 1 - y^2 before it is rounded to the storage dtype, or None.
         effect: e_t: "tanh", "relu", "tanh_derivative" (z (1 - gate^2)), "relu_derivative" (z where gate > 0) or
             "factor" (z gate).
+        last: (D, B, H), contiguous, receives each row's y at the end of its walk, or None.
+        transposed: `matrix` is M^T, which is what the kernels read.
     """
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
-    flags = packing is not None, first is not None, factor is not None
-    regime, plan = _plan(
-        steps, batch, x.shape, x.stride(), x.dtype, matrix.stride(), flags, effect, backward, tf32, device_of(x)
-    )
+    flags = packing is not None, first is not None, factor is not None, last is not None
+    regime, plan = _plan(steps, batch, x.shape, x.stride(), x.dtype, flags, effect, backward, tf32, device_of(x))
+    weight = matrix if transposed else matrix.mT
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
     offsets = packing.offsets if packing else None
     with device_guard(x):
         if regime == RESIDENT:
-            plan.launch(x, gate, first, matrix, offsets, y, factor)
+            plan.launch(x, gate, first, weight, offsets, y, factor, last)
         elif regime == SHARDED:
             tiles, _, directions = plan.grid
             counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
-            plan.launch(x, gate, first, matrix, offsets, counters, y, factor, more=(0, steps))
+            plan.launch(x, gate, first, weight, offsets, counters, y, factor, last)
         else:
             for step in range(steps):
-                plan.launch(x, gate, first, matrix, offsets, None, y, factor, more=(step, step + 1))
+                plan.launch(x, gate, first, weight, offsets, y, factor, last, more=(step,))
 
 
 @lru_cache(maxsize=4096)
@@ -106,39 +135,27 @@ def _plan(
     shape: torch.Size,
     x_strides: tuple[int, ...],
     dtype: torch.dtype,
-    matrix_strides: tuple[int, ...],
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool],
     effect: str,
     backward: bool,
     tf32: bool,
     device: Device,
 ) -> tuple[str, Plan]:
     """The regime and its launch; of one step in the stepwise regime, of all in the others."""
-    if len(matrix_strides) == 2:
+    packed, has_first, has_factor, has_last = flags
+    if len(shape) == (2 if packed else 3):
         hidden = shape[-1]
         shape, x_strides = torch.Size((*shape[:-1], 1, hidden)), (*x_strides[:-1], hidden, 1)
-        matrix_strides = (hidden * hidden, *matrix_strides)
     directions, hidden = shape[-2:]
-    packed, has_first, has_factor = flags
     config = choose_config(batch, hidden, directions, dtype.itemsize, uses_tensor_cores(dtype, tf32), device)
     x = torch.empty_strided(shape, x_strides, dtype=dtype, device="meta")
-    constants = constants_of(x, effect, backward, tf32, config) | {
+    constants = constants_of(x, effect, backward, tf32, config, torch.version.hip is None and not INTERPRETED) | {
         "PACKED": packed,
         "HAS_FIRST": has_first,
         "HAS_FACTOR": has_factor,
+        "HAS_LAST": has_last,
     }
-    sizes = (steps, batch, *((0, x_strides[0]) if packed else x_strides[:2]), x_strides[-2], *matrix_strides)
+    sizes = (steps, batch, *((0, x_strides[0]) if packed else x_strides[:2]), x_strides[-2])
     tiles = triton.cdiv(batch, config.block_b)
-    if config.regime == RESIDENT:
-        return RESIDENT, Plan(rnn_resident_kernel, (tiles, directions), sizes, constants)
-    constants |= {
-        "BLOCK_K": config.block_k,
-        "COUNTER_LINE": COUNTER_LINE,
-        "ASSEMBLY": torch.version.hip is None and not INTERPRETED,
-        "PERSISTENT": config.regime == SHARDED,
-    }
-    if config.regime == SHARDED and not INTERPRETED:
-        # The driver refuses a grid that can't run all at once: an error, where waiting would never end.
-        constants["launch_cooperative_grid"] = True
-    grid = (tiles, triton.cdiv(hidden, config.block_n), directions)
-    return config.regime, Plan(rnn_sharded_kernel, grid, sizes, constants)
+    shards = () if config.regime == RESIDENT else (triton.cdiv(hidden, config.block_n),)
+    return config.regime, Plan(KERNELS[config.regime], (tiles, *shards, directions), sizes, constants)

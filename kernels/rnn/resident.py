@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, finish, load_inputs
+from .order import order_k, product_to_memory
+from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -16,14 +17,12 @@ def rnn_resident_kernel(
     offsets_ptr,
     y_ptr,
     factor_ptr,
+    last_ptr,
     T,
     B,
     stride_xt,
     stride_xb,
     stride_xd,
-    stride_wd,
-    stride_wk,
-    stride_wn,
     H: tl.constexpr,
     D: tl.constexpr,
     EFFECT: tl.constexpr,
@@ -31,98 +30,80 @@ def rnn_resident_kernel(
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """y_t = e_t(x_t + y_{t-1} M) for all steps; program (b, d) has rows b BLOCK_B ... of direction d.
 
-    y_{t-1} stays in registers, and so does M [H, H], loaded once; only x_t and y_t pass through memory.
+    y_{t-1} stays on the multiprocessor, and so does W = M^T (D, H, H), loaded once; only x_t and y_t pass through
+    memory. Tiles have a line of 4 V units for each row of 8, of each of W warps, R times over, of each 8 rows.
     """
-    pid_b = tl.program_id(0).to(tl.int64)
-    pid_d = tl.program_id(1).to(tl.int64)
-    offs_b = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < H
-    offs_w = pid_d * stride_wd + offs_n.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn
-    w = tl.load(w_ptr + offs_w, mask=mask_n[:, None] & mask_n[None, :], other=0.0)
+    pid_b = tl.program_id(0)
+    pid_d = tl.program_id(1)
+    x_ptr += tl.multiple_of(pid_d.to(tl.int64) * stride_xd, VEC)
+    VECTOR: tl.constexpr = 16 * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
+    W: tl.constexpr = min(WARPS, BLOCK_N // 8)
+    V: tl.constexpr = min(VECTOR, BLOCK_N // (4 * W))
+    R: tl.constexpr = BLOCK_N // (4 * V * W)
+    line = tl.arange(0, BLOCK_B * BLOCK_N // (4 * V))
+    rows = (pid_b * BLOCK_B + line // (8 * W * R) * 8 + line % 8)[:, None]
+    units = (line // 8 % (W * R) * (4 * V))[:, None] + tl.arange(0, 4 * V)[None, :]
+    # Of W's rows, a warp's eight columns of the product, in the numbering of `product_to_memory`; k in memory's order.
+    K: tl.constexpr = 4 * min(VECTOR, BLOCK_N // 4)
+    line = tl.arange(0, BLOCK_N * BLOCK_N // K)
+    column, warp, r = line % 8, line // 8 % W, line // (8 * W * (BLOCK_N // K))
+    n = (r // (V // 2) * W + warp) * (4 * V) + column // 2 * V + r % (V // 2) * 2 + column % 2
+    k = (line // (8 * W) % (BLOCK_N // K) * K)[:, None] + tl.arange(0, K)[None, :]
+    w = tl.load(w_ptr + pid_d.to(tl.int64) * H * H + (n * H)[:, None] + k, mask=(n < H)[:, None] & (k < H), other=0.0)
+    w = tl.reshape(w, [BLOCK_N // (8 * W), BLOCK_N // K, W, 8, K])
+    w = tl.reshape(tl.permute(w, (0, 2, 3, 1, 4)), [BLOCK_N, BLOCK_N // K, K])
+    E: tl.constexpr = max(1, VECTOR // 4)
+    w = tl.trans(tl.reshape(order_k(w, E), [BLOCK_N, BLOCK_N]))
     state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
-    # The next step's inputs come in while this one computes, where there are registers left for them.
-    AHEAD: tl.constexpr = BLOCK_N <= 128
-    previous_size = B * 0
-    x, gate, start, size = load_inputs(
-        x_ptr,
-        gate_ptr,
-        first_ptr,
-        0,
-        previous_size,
-        offs_b,
-        offs_n,
-        pid_d,
-        offsets_ptr,
-        T,
-        B,
-        stride_xt,
-        stride_xb,
-        stride_xd,
-        H,
-        D,
-        EFFECT,
-        BACKWARD,
-        PACKED,
-        HAS_FIRST,
-        VEC,
-        ACC,
+    t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    size = size_of(start, end, B, PACKED)
+    x, gate = load_inputs(
+        x_ptr, gate_ptr, t, start, size, rows, units, pid_d, stride_xt, stride_xb, H, D, EFFECT, PACKED, VEC
     )
-    for step in tl.range(0, T, num_stages=1):
-        next_x, next_gate, next_start, next_size = load_inputs(
+    first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
+    previous_size = size * 0
+    t, next_start, next_end = locate(1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
+    for step in tl.range(0, T, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        # The next step's inputs come in while this one computes, and where the one after it lies.
+        next_size = size_of(next_start, next_end, B, PACKED)
+        next_x, next_gate = load_inputs(
             x_ptr,
             gate_ptr,
-            first_ptr,
-            tl.minimum(step + AHEAD, T - 1),
-            size if AHEAD else previous_size,
-            offs_b,
-            offs_n,
+            t,
+            next_start,
+            next_size,
+            rows,
+            units,
             pid_d,
-            offsets_ptr,
-            T,
-            B,
             stride_xt,
             stride_xb,
-            stride_xd,
             H,
             D,
             EFFECT,
-            BACKWARD,
             PACKED,
-            HAS_FIRST,
             VEC,
-            ACC,
         )
-        if not AHEAD:
-            x, gate, start, size = next_x, next_gate, next_start, next_size
+        t, later_start, later_end = locate(step + 2, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
         product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
-        state = finish(
-            y_ptr,
-            factor_ptr,
-            product,
-            x,
-            gate,
-            start,
-            size,
-            previous_size,
-            offs_b,
-            offs_n,
-            pid_d,
-            H,
-            D,
-            EFFECT,
-            HAS_FACTOR,
-            VEC,
-        )
+        y = apply(product_to_memory(product, R, W, V), first, x, gate, rows, previous_size, EFFECT)
+        store(y_ptr, y, start, size, rows, units, pid_d, H, D)
+        if HAS_FACTOR:
+            store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
+        store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)
+        state = tl.reshape(y.to(w.dtype), [BLOCK_B // 8, R * W, 8, 4 * V])
+        state = tl.reshape(tl.permute(state, (0, 2, 1, 3)), [BLOCK_B, BLOCK_N // K, K])
+        state = tl.reshape(order_k(state, E), [BLOCK_B, BLOCK_N])
         previous_size = size
-        if AHEAD:
-            x, gate, start, size = next_x, next_gate, next_start, next_size
+        x, gate, start, size = next_x, next_gate, next_start, next_size
+        next_start, next_end = later_start, later_end

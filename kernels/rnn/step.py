@@ -1,22 +1,35 @@
-"""What the three ways to run the recurrence share: where a step's rows lie, and the step itself."""
+"""What the three ways to run the recurrence share: where a step's rows lie, and the step itself.
+
+`rows` (of the batch) and `units` (hidden) are index tensors of any shapes that broadcast to a tile's.
+"""
 
 import triton
 import triton.language as tl
 
-RUNTIME = ["T", "B", "stride_xt", "stride_xb", "stride_xd", "stride_wd", "stride_wk", "stride_wn"]
+RUNTIME = ["T", "B", "stride_xt", "stride_xb", "stride_xd"]
 
 
 @triton.jit
 def locate(step, pid_d, offsets_ptr, T, B, BACKWARD: tl.constexpr, PACKED: tl.constexpr):
-    """Time, first row and number of rows of the step-th step: direction 1 walks against direction 0."""
+    """Time, first row and the row behind the last of the step-th step: direction 1 walks against direction 0.
+
+    A step that does not exist is the last one.
+    """
+    step = tl.minimum(step, T - 1)
     t = tl.where((pid_d == 0) != BACKWARD, step, T - 1 - step)
     if PACKED:
         start = tl.load(offsets_ptr + t)
-        size = (tl.load(offsets_ptr + t + 1) - start).to(tl.int32)
+        end = tl.load(offsets_ptr + t + 1)
     else:
         start = t.to(tl.int64) * B
-        size = B
-    return t.to(tl.int64), start, size
+        end = start + B
+    return t.to(tl.int64), start, end
+
+
+@triton.jit
+def size_of(start, end, B, PACKED: tl.constexpr):
+    """Number of rows of a step."""
+    return (end - start).to(tl.int32) if PACKED else B
 
 
 @triton.jit
@@ -40,67 +53,56 @@ def tanh(z):
 def load_inputs(
     x_ptr,
     gate_ptr,
-    first_ptr,
-    step,
-    previous_size,
-    offs_b,  # [BLOCK_B]
-    offs_n,  # [BLOCK_N]
+    t,
+    start,
+    size,
+    rows,
+    units,
     pid_d,
-    offsets_ptr,
-    T,
-    B,
     stride_xt,
     stride_xb,
-    stride_xd,
     H: tl.constexpr,
     D: tl.constexpr,
     EFFECT: tl.constexpr,
-    BACKWARD: tl.constexpr,
     PACKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
     VEC: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """What a step needs and no other program writes: x_t + first where a sequence starts, the gate, and its rows."""
-    t, start, size = locate(step, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
-    rows = offs_b.to(tl.int64)
-    mask = (offs_b < size)[:, None] & (offs_n < H)[None, :]
-    base = start * stride_xb if PACKED else t * stride_xt
-    offs_x = tl.multiple_of(base + rows * stride_xb + pid_d.to(tl.int64) * stride_xd, VEC)
-    x = tl.load(x_ptr + offs_x[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    if HAS_FIRST:
-        offs_first = tl.multiple_of((pid_d.to(tl.int64) * B + rows) * H, VEC)[:, None] + offs_n[None, :]
-        starts = mask & (offs_b >= previous_size)[:, None]
-        x = x.to(ACC) + tl.load(first_ptr + offs_first, mask=starts, other=0.0).to(ACC)
+    """What a step needs and no other program writes, x_t and the gate, as they are stored.
+
+    x_ptr is the direction's own.
+    """
+    mask = (rows < size) & (units < H)
+    stride_b = tl.multiple_of(stride_xb.to(tl.int64), VEC)
+    base = tl.multiple_of(start * stride_b if PACKED else t * stride_xt, VEC)
+    x = tl.load(x_ptr + base + (rows.to(tl.int64) * stride_b + units), mask=mask, other=0.0)
     gate = x
     if EFFECT != "tanh" and EFFECT != "relu":
-        offs = tl.multiple_of(((start + rows) * D + pid_d) * H, VEC)[:, None] + offs_n[None, :]
-        gate = tl.load(gate_ptr + offs, mask=mask, other=0.0)
-    return x, gate, start, size
+        gate = tl.load(gate_ptr + (start * D + pid_d) * H + (rows.to(tl.int64) * (D * H) + units), mask=mask, other=0.0)
+    return x, gate
 
 
 @triton.jit
-def finish(
-    y_ptr,
-    factor_ptr,
-    product,  # [BLOCK_B, BLOCK_N], y_{t-1} M
-    x,  # [BLOCK_B, BLOCK_N]
-    gate,  # [BLOCK_B, BLOCK_N]
-    start,
-    size,
+def load_first(first_ptr, like, rows, units, pid_d, B, H: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """What the first step of each row has in place of y_{t-1} M; `like` has the tile's shape and dtype."""
+    if HAS_FIRST:
+        offs = pid_d.to(tl.int64) * B * H + (rows.to(tl.int64) * H + units)
+        return tl.load(first_ptr + offs, mask=(rows < B) & (units < H), other=0.0)
+    return tl.zeros_like(like)
+
+
+@triton.jit
+def apply(
+    product,  # y_{t-1} M, valid in the rows that had a step before
+    first,
+    x,
+    gate,
+    rows,
     previous_size,
-    offs_b,  # [BLOCK_B]
-    offs_n,  # [BLOCK_N]
-    pid_d,
-    H: tl.constexpr,
-    D: tl.constexpr,
     EFFECT: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    VEC: tl.constexpr,
 ):
-    """One step for a tile: e_t(x_t + product), stored, and returned in y's dtype."""
+    """e_t(x_t + y_{t-1} M), in the product's dtype."""
     gate = gate.to(product.dtype)
-    z = x.to(product.dtype) + tl.where((offs_b < previous_size)[:, None], product, 0.0)
+    z = x.to(product.dtype) + tl.where(rows < previous_size, product, first.to(product.dtype))
     if EFFECT == "tanh":
         y = tanh(z)
     elif EFFECT == "relu":
@@ -111,11 +113,21 @@ def finish(
         y = tl.where(gate <= 0, 0.0, z)
     else:
         y = z * gate
-    y = y.to(product.dtype)
-    mask = (offs_b < size)[:, None] & (offs_n < H)[None, :]
-    offs = tl.multiple_of(((start + offs_b.to(tl.int64)) * D + pid_d) * H, VEC)[:, None] + offs_n[None, :]
-    result = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs, result, mask=mask)
-    if HAS_FACTOR:
-        tl.store(factor_ptr + offs, (1 - y * y).to(factor_ptr.dtype.element_ty), mask=mask)
-    return result
+    return y.to(product.dtype)
+
+
+@triton.jit
+def store(ptr, value, start, size, rows, units, pid_d, H: tl.constexpr, D: tl.constexpr):
+    offs = (start * D + pid_d) * H + (rows.to(tl.int64) * (D * H) + units)
+    tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=(rows < size) & (units < H))
+
+
+@triton.jit
+def store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H: tl.constexpr, HAS_LAST: tl.constexpr):
+    """y of the rows that have no further step, (D, B, H)."""
+    if HAS_LAST:
+        going_on = tl.where(step < T - 1, next_size, 0)
+        if going_on < size:
+            offs = pid_d.to(tl.int64) * B * H + (rows.to(tl.int64) * H + units)
+            mask = (rows >= going_on) & (rows < size) & (units < H)
+            tl.store(last_ptr + offs, y.to(last_ptr.dtype.element_ty), mask=mask)

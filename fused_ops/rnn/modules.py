@@ -56,7 +56,9 @@ class RNN(nn.RNNBase):
         """Does nothing: the kernels read each weight where it is."""
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        dtype = getattr(self, self._flat_weights_names[0]).dtype
+        own, name = self._parameters, self._flat_weights_names[0]
+        weight: Any = own[name] if name in own else getattr(self, name)
+        dtype = weight.dtype
         if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -65,7 +67,7 @@ class RNN(nn.RNNBase):
         expected = 3 if batch_sizes is None else 2
         if input.dim() != expected:
             raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
-        if self.input_size != input.size(-1):
+        if self.input_size != input.shape[-1]:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
@@ -101,13 +103,7 @@ class RNN(nn.RNNBase):
         # `getattr` searches in many places before it comes to an ordinary parameter.
         own: dict[str, Any] = self._parameters
         params = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
-        # Looks first, for it is nearly always right.
-        if (
-            input.dtype != params[0].dtype
-            or input.dim() != (3 if batch_sizes is None else 2)
-            or input.shape[-1] != self.input_size
-        ):
-            self.check_input(input, batch_sizes)
+        self.check_input(input, batch_sizes)
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
         call = Call(

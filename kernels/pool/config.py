@@ -10,7 +10,8 @@ INTERPRETED_LANES = 4096  # the interpreter's time goes by programs, not by thei
 LANE_BYTES = 16  # of the result: a load or store of a thread is at most that wide
 SPREAD_BYTES = 32  # where what is read has half the elements or less
 PLANE_BLOCK = 1024  # elements of a plane that one program claims or fills
-UNROLLED = 72  # elements that a lane goes over in a loop's body
+UNROLLED = 72  # elements that a lane goes over without a loop, at most
+LOOP_BODY = 32  # and in a loop's body
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PoolConfig:
 def choose_config(steps: int, u: int) -> PoolConfig:
     """For lanes of `u` elements that go over `steps` taps or windows: a thread for each lane, or for two that have one
     step only, in which finding their place takes longest; and no loop where the steps are few."""
-    unroll = max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or n * u <= UNROLLED))
+    most = steps if steps * u <= UNROLLED else max(1, LOOP_BODY // u)
+    unroll = max(n for n in range(1, most + 1) if steps % n == 0)
     lanes = THREADS * (2 if steps == 1 else 1)
     return PoolConfig(INTERPRETED_LANES if INTERPRETED else lanes, THREADS // 32, unroll)

@@ -58,6 +58,10 @@ def autotuned(tree: ast.AST) -> list[str]:
     return found
 
 
+# OFFSET is a kernel's constant: int32 where the launch's plan knows that no offset passes 31 bits.
+WIDE_ENOUGH = ("tl.int64", "OFFSET")
+
+
 class NarrowStrideProducts(ast.NodeVisitor):
     """Finds products of a stride with an index that comes from a program id and is still 32 bits wide.
 
@@ -74,7 +78,7 @@ class NarrowStrideProducts(ast.NodeVisitor):
             case ast.Name(id=name):
                 return self.width.get(name, 0)
             case ast.Call(func=ast.Attribute(value=value, attr="to"), args=[dtype, *_]):
-                return 64 if ast.unparse(dtype) == "tl.int64" else self.width_of(value)
+                return 64 if ast.unparse(dtype) in WIDE_ENOUGH else self.width_of(value)
             case ast.Call(func=ast.Attribute(value=ast.Name(id="tl"), attr=name)):
                 return 32 if name == "program_id" else max(map(self.width_of, node.args), default=0)
             case ast.BinOp(left=left, right=right):
@@ -156,6 +160,7 @@ BAD = {
         narrow_stride_products,
         "rows = pid_n * BLOCK + offs\n    x_ptr += rows[:, None] % n * stride_n",
     ),
+    "cast to another constant": (narrow_stride_products, "x_ptr += pid_n.to(INDEX) * stride_n"),
     "cast too late": (narrow_stride_products, "x_ptr += (pid_n * stride_n).to(tl.int64)"),
     "augmented": (narrow_stride_products, "row = 0\n    row += pid_n\n    x_ptr += row * stride_n"),
     "in a loop": (
@@ -173,6 +178,7 @@ GOOD = {
         narrow_stride_products,
         "row = pid_n.to(tl.int64) * BLOCK + offs\n    x_ptr += row * stride_n",
     ),
+    "cast to what the plan chose": (narrow_stride_products, "x_ptr += pid_n.to(OFFSET) * stride_n"),
     "no program id": (narrow_stride_products, "x_ptr += offs * stride_n"),
 }
 

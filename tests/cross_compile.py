@@ -23,14 +23,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from .machine_code import loop_length
+from .machine_code import about_binary, loop_length
 
 
 class Target(NamedTuple):
@@ -98,15 +97,9 @@ def _resource_usage(compiled: Any, backend: str) -> tuple[int, int]:
         spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
         assert registers and spills, "no register count in the AMD assembly"
         return int(registers.group(1)), int(spills.group(1))
-    import triton
-
-    cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", report.stdout + report.stderr)
-    assert found, f"no resource usage in: {report.stdout}{report.stderr}"
+    report = about_binary(compiled, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", report)
+    assert found, f"no resource usage in: {report}"
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
 

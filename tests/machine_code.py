@@ -32,15 +32,20 @@ def longest_loop(code: str, syntax: re.Pattern[str]) -> list[str]:
     return instructions[start:end]
 
 
-def loop_length(compiled: Any) -> int:
-    """Instructions in the longest innermost loop of a kernel that Triton compiled."""
+def about_binary(compiled: Any, tool: str, option: str) -> str:
+    """What this of NVIDIA's tools prints about the binary of a kernel that Triton compiled."""
     import triton
 
-    if "amdgcn" in compiled.asm:
-        return len(longest_loop(compiled.asm["amdgcn"], AMD))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(longest_loop(code, NVIDIA))
+        command = [getattr(triton.knobs.nvidia, tool).path, option, file.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def loop_length(compiled: Any) -> int:
+    """Instructions in the longest innermost loop of a kernel that Triton compiled."""
+    if "amdgcn" in compiled.asm:
+        return len(longest_loop(compiled.asm["amdgcn"], AMD))
+    return len(longest_loop(about_binary(compiled, "nvdisasm", "-c"), NVIDIA))

@@ -6,6 +6,7 @@ import gc
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
+from .ahead import CASES_AT_ONCE, Ahead
 from .case import Case, run_case
 from .timing import GRAPH_BELOW, measure, measure_ceilings
 
@@ -86,9 +88,13 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
     ceilings = measure_ceilings({case.dtype for case in left}, repeats)
     wrong = 0
     new: list[report.Row] = []
-    with progress() as bar:
-        task = bar.add_task("timing", total=len(left))
+    to_time = len(left)
+    with progress() as bar, Ahead(partial(all_cases, quick, False), "cuda") as processes:
+        task = bar.add_task("timing", total=to_time)
         while left and time.monotonic() - started < 60 * minutes:
+            if (to_time - len(left)) % CASES_AT_ONCE == 0:
+                bar.update(task, description="compiling")
+                processes.compile(left[:CASES_AT_ONCE])
             case = left.pop(0)  # so that its tensors go when it is done
             bar.update(task, description=escape(str(case)[:60]))
             graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW

@@ -6,13 +6,17 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from backstride import fused_ops
 from backstride.bench import bench_conv, bench_networks, bench_rnn, cpu, probe, report, run, timing, tune
 from backstride.bench.__main__ import app
+from backstride.bench.ahead import Ahead
 from backstride.bench.case import BASELINE, GateError, Variant, run_case
 from backstride.bench.occupancy import programs_per_multiprocessor
 from backstride.bench.timing import Ceilings, Timing
@@ -241,7 +245,16 @@ def fake_gpu(monkeypatch, tiny_cases):
     monkeypatch.setattr(run, "measure_ceilings", lambda dtypes, repeats: CEILINGS)
     monkeypatch.setattr(run, "measure", lambda calls, repeats, graph: fake_measure(calls))
     monkeypatch.setattr(run, "run_case", lambda case, device, *rest: run_case(case, "cpu", *rest))
+    monkeypatch.setattr(run, "Ahead", lambda *_: nullcontext(SimpleNamespace(compile=lambda cases: None)))
     return tiny_cases
+
+
+def test_cases_run_ahead_in_processes_of_their_own():
+    first, second, third = bench_conv.cases(False, True)[:3]
+    unknown = dataclasses.replace(third, name="unknown")
+    with Ahead(partial(bench_conv.cases, False, True), "cpu") as processes:
+        done = processes.compile([first, unknown, second])
+    assert [type(future.exception()) for future in done] == [type(None), ValueError, type(None)]
 
 
 def test_a_run_goes_on_where_it_stopped_and_tells_what_failed(monkeypatch, tmp_path):

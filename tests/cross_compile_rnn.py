@@ -34,12 +34,15 @@ def _case(
     backward = effect not in ("tanh", "relu")
     constants = launch.constants_of(x, effect, backward, dtype == "tf32", config, cuda) | {
         "PACKED": packed,
+        "HAS_BIAS": not backward,
         "HAS_FIRST": not backward,
         "HAS_FACTOR": effect == "tanh" and dtype == "bf16",
         "HAS_LAST": effect == "tanh" and dtype != "bf16",
     }
     kernel = launch.KERNELS[config.regime]
     absent = {
+        "b_ih_ptr": backward,
+        "b_hh_ptr": backward,
         "gate_ptr": not backward,
         "first_ptr": backward,
         "offsets_ptr": not packed,

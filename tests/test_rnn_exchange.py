@@ -108,13 +108,15 @@ def test_programs_that_wait_for_each_other(
     x = torch.randn(*rows, directions, hidden).to(dtype)
     gate = torch.randn_like(x) if backward else None
     first = None if backward else torch.randn(directions, batch, hidden).to(dtype)
+    biases = [] if backward else [torch.randn(directions, hidden).to(dtype) for _ in range(2)]
     matrix = (torch.randn(directions, hidden, hidden) / hidden**0.5).to(dtype)
     y = torch.full_like(x, torch.nan)
     factor = torch.full_like(x, torch.nan) if effect == "tanh" else None
     last = x.new_full((directions, batch, hidden), torch.nan) if packing is None else None
-    scan(x, gate, first, matrix, packing, y, factor, effect, last=last, backward=backward)
+    scan(x, gate, first, matrix, packing, y, factor, effect, biases=biases, last=last, backward=backward)
     assert grids == [grid]
     inputs = [None if t is None else t.double() for t in (x, gate, first, matrix)]
+    inputs[0] = sum((b.double() for b in biases), start=inputs[0])
     exact = reference.scan(*inputs, packing, effect, backward=backward)
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-7)
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)

@@ -353,7 +353,8 @@ def test_opcheck(requires_grad, effect, form):
     rows = (3, 2) if form == "dense" else (5,)
     offsets = None if form == "dense" else torch.tensor([0, 2, 4, 5])
     gate = tensor(*rows, 2, 4) if effect != "tanh" else None
-    arguments = (tensor(*rows, 2, 4), gate, tensor(2, 2, 4), tensor(2, 4, 4), offsets, 2, effect, True, False)
+    biases = (tensor(2, 4), tensor(2, 4))
+    arguments = (tensor(*rows, 2, 4), *biases, gate, tensor(2, 2, 4), tensor(2, 4, 4), offsets, 2, effect, True, False)
     torch.library.opcheck(torch.ops.backstride.rnn_scan.default, arguments, rtol=1e-4, atol=1e-4)
 
 

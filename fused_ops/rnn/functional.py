@@ -151,18 +151,17 @@ def _layer(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs (T, B, D H), or packed (rows, D H), of one layer, and last states where the kernel wrote them."""
     w_ih, w_hh, *biases = _parameters(call, layer, 0)
-    bias = biases[0] + biases[1] if biases else None
-    recurrent = (w_hh,)
+    recurrent, biases = (w_hh,), [(b,) for b in biases]
     if call.bidirectional:
-        back_ih, back_hh, *biases = _parameters(call, layer, 1)
+        back_ih, back_hh, *back_biases = _parameters(call, layer, 1)
         w_ih, recurrent = torch.cat([w_ih, back_ih]), (w_hh, back_hh)
-        bias = None if bias is None else torch.cat([bias, biases[0] + biases[1]])
-    projected = F.linear(x, w_ih, bias)
+        biases = [(b, back) for (b,), back in zip(biases, back_biases, strict=True)]
+    projected = F.linear(x, w_ih)
     if layer == 0 and call.batch_first:
         projected = projected.transpose(0, 1)
     start = layer * call.directions
     hx = None if call.hx is None else call.hx[start : start + call.directions]
-    return ops.outputs(projected, recurrent, hx, offsets, batch, nonlinearity)
+    return ops.outputs(projected, biases, recurrent, hx, offsets, batch, nonlinearity)
 
 
 def _final(y: Tensor, direction: int, directions: int, offsets: Tensor | None, batch: int) -> Tensor:

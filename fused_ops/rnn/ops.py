@@ -1,11 +1,11 @@
 """Registration of the recurrence with PyTorch: schema, kernels, fake tensors, autograd, vmap.
 
-    backstride::rnn_scan    y_t = e_t(x_t + y_{t-1} M), for both directions of time
+    backstride::rnn_scan    y_t = e_t(x_t + b_ih + b_hh + y_{t-1} M), for both directions of time
 
-Written with s_t = x_t + y_{t-1} M and g_t = e_t', the gradient by s is v_t = g_t (ybar_t + v_{t+1} M^T): a scan the
-other way round, with the transposed matrix. From v follow all gradients as sums and products over all steps at once:
-xbar = v and Mbar = sum y_{t-1}^T v_t. This is backpropagation through time, and because it is a scan again, gradients
-of any order run on the same kernels.
+Written with s_t = x_t + b_ih + b_hh + y_{t-1} M and g_t = e_t', the gradient by s is v_t = g_t (ybar_t + v_{t+1} M^T):
+a scan the other way round, with the transposed matrix. From v follow all gradients as sums and products over all steps
+at once: v by x, sum v_t by either bias and sum y_{t-1}^T v_t by M. This is backpropagation through time, and because it
+is a scan again, gradients of any order run on the same kernels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .rows import first_rows, previous_rows
 
 library = torch.library.Library("backstride", "FRAGMENT")
 library.define(
-    "rnn_scan(Tensor x, Tensor? gate, Tensor? first, Tensor matrix, Tensor? offsets, SymInt batch, str effect,"
-    " bool backward, bool with_factor) -> (Tensor, Tensor)"
+    "rnn_scan(Tensor x, Tensor? b_ih, Tensor? b_hh, Tensor? gate, Tensor? first, Tensor matrix, Tensor? offsets,"
+    " SymInt batch, str effect, bool backward, bool with_factor) -> (Tensor, Tensor)"
 )
 
 rnn_scan = torch.ops.backstride.rnn_scan.default
@@ -40,6 +40,14 @@ def _tf32(x: Tensor) -> bool:
 T = TypeVar("T", Tensor, Tensor | None)
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _biased(x: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    return x if b_ih is None or b_hh is None else x + (b_ih + b_hh)
+
+
 def _wide(tensor: T) -> T:
     return tensor.float() if tensor is not None and tensor.dtype.itemsize == 2 else tensor
 
@@ -51,6 +59,8 @@ def regime(like: Tensor, batch: int, hidden: int, directions: int) -> str:
 
 def _scan(
     x: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     gate: Tensor | None,
     first: Tensor | None,
     matrix: Tensor,
@@ -67,36 +77,22 @@ def _scan(
     if kernel_path(x).name == ATEN:
         # As the kernels, 16-bit numbers are computed with in fp32.
         packing = None if offsets is None else Packing(offsets, batch)
-        exact = reference.scan(_wide(x), _wide(gate), _wide(first), _wide(matrix), packing, effect, backward=backward)
+        biased = _biased(_wide(x), _wide(b_ih), _wide(b_hh))
+        exact = reference.scan(biased, _wide(gate), _wide(first), _wide(matrix), packing, effect, backward=backward)
         y.copy_(exact)
         if with_factor:
             factor.copy_(1 - exact * exact)
         return y, factor
-    _launch(x, gate, first, matrix, offsets, batch, y, factor if with_factor else None, effect, backward=backward)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    biases, gate, first = [b.contiguous() for b in (b_ih, b_hh) if b is not None], _contiguous(gate), _contiguous(first)
+    packing = None if offsets is None else Packing(offsets, batch)
+    stored = factor if with_factor else None
+    launch_scan(x, gate, first, matrix, packing, y, stored, effect, biases=biases, backward=backward, tf32=_tf32(x))
     return y, factor
 
 
-def _launch(
-    x: Tensor,
-    gate: Tensor | None,
-    first: Tensor | None,
-    matrix: Tensor,
-    offsets: Tensor | None,
-    batch: int,
-    y: Tensor,
-    factor: Tensor | None,
-    effect: str,
-    **more: Any,
-) -> None:
-    gate = None if gate is None else gate.contiguous()
-    first = None if first is None else first.contiguous()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    packing = None if offsets is None else Packing(offsets, batch)
-    launch_scan(x, gate, first, matrix, packing, y, factor, effect, tf32=_tf32(x), **more)
-
-
 @torch.library.register_fake("backstride::rnn_scan", lib=library)
-def _(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+def _(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor):
     return x.new_empty(x.shape), x.new_empty(x.shape if with_factor else 0)
 
 
@@ -131,32 +127,35 @@ class _Scan(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor):  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch._C._AutoDispatchBelowAutograd():
-            y, factor = rnn_scan(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+            y, factor = rnn_scan(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor)
         return (y, factor) if with_factor else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, gate, first, matrix, offsets, batch, effect, backward, with_factor = inputs
+        x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor = inputs
         y, factor = output if with_factor else (output, None)
         if with_factor:
             ctx.mark_non_differentiable(factor)
-        # The input itself is wanted only for the gradient by the gate, in second derivatives.
-        saved = (x if gate is not None else None, gate, first, matrix, offsets, y, factor)
+        # The sum itself is wanted only for the gradient by the gate, in second derivatives.
+        summed = (x, b_ih, b_hh) if gate is not None else (None, None, None)
+        saved = (*summed, gate, first, matrix, offsets, y, factor)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
         ctx.settings = batch, effect, backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
+        x, b_ih, b_hh, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
         batch, effect, backward = ctx.settings
-        needs_x, needs_gate, needs_first, needs_matrix, *_ = ctx.needs_input_grad
+        needs_x, needs_b_ih, needs_b_hh, needs_gate, needs_first, needs_matrix, *_ = ctx.needs_input_grad
         derivative, slope = _derivative(effect, gate, y, factor)
         transposed = matrix.transpose(1, 2)
-        v = scan(grads[0], slope, None, transposed, offsets, batch, derivative, not backward)
-        grad_gate = grad_first = grad_matrix = None
+        v = scan(grads[0], (), slope, None, transposed, offsets, batch, derivative, not backward)
+        grad_bias = grad_gate = grad_first = grad_matrix = None
+        if needs_b_ih or needs_b_hh:
+            grad_bias = v.flatten(0, -3).sum(0)
         if needs_first:
             grad_first = torch.stack(
                 [
@@ -168,27 +167,30 @@ class _Scan(Function):
             previous = previous_rows(y, offsets, batch, backward)
             grad_matrix = _matrix_gradient(previous, v) if needs_matrix else None
             if needs_gate:
-                s = _start(x + _products(previous, matrix), first, offsets, backward)
+                s = _start(_biased(x, b_ih, b_hh) + _products(previous, matrix), first, offsets, backward)
                 total = grads[0] + _products(previous_rows(v, offsets, batch, not backward), transposed)
                 grad_gate = _by_gate(effect, gate, s * total)
-        return v if needs_x else None, grad_gate, grad_first, grad_matrix, None, None, None, None, None
+        grad_b_ih, grad_b_hh = grad_bias if needs_b_ih else None, grad_bias if needs_b_hh else None
+        return v if needs_x else None, grad_b_ih, grad_b_hh, grad_gate, grad_first, grad_matrix, *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        x, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
+        x, b_ih, b_hh, gate, first, matrix, offsets, y, factor = ctx.saved_tensors
         batch, effect, backward = ctx.settings
-        dx, dgate, dfirst, dmatrix, *_ = tangents
+        dx, db_ih, db_hh, dgate, dfirst, dmatrix, *_ = tangents
         derivative, slope = _derivative(effect, gate, y, factor)
         previous = previous_rows(y, offsets, batch, backward)
         inner = torch.zeros_like(y) if dx is None else dx
+        for each in (db_ih, db_hh):
+            inner = inner if each is None else inner + each
         if dmatrix is not None:
             inner = inner + _products(previous, dmatrix)
         outer = None
         if dgate is not None:
-            s = _start(x + _products(previous, matrix), first, offsets, backward)
+            s = _start(_biased(x, b_ih, b_hh) + _products(previous, matrix), first, offsets, backward)
             outer = _by_gate(effect, gate, s) * dgate
             inner = inner + _products(previous_rows(outer, offsets, batch, backward), matrix)
-        tangent = scan(inner, slope, dfirst, matrix, offsets, batch, derivative, backward)
+        tangent = scan(inner, (), slope, dfirst, matrix, offsets, batch, derivative, backward)
         tangent = tangent if outer is None else tangent + outer
         return tangent if factor is None else (tangent, None)
 
@@ -212,8 +214,8 @@ def _by_gate(effect: str, gate: Any, s: Tensor) -> Tensor:
     return s if effect == "factor" else torch.zeros_like(s)
 
 
-def _scan_autograd(x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
-    result = _Scan.apply(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)
+def _scan_autograd(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    result = _Scan.apply(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor)
     return result if with_factor else (result, x.new_empty(0))
 
 
@@ -222,6 +224,7 @@ _enter = differentiable(library, "rnn_scan", _scan_autograd, _scan)
 
 def scan(
     x: Tensor,
+    biases: Sequence[Tensor],
     gate: Tensor | None,
     first: Tensor | None,
     matrix: Tensor,
@@ -231,71 +234,79 @@ def scan(
     backward: bool = False,
     with_factor: bool = False,
 ) -> Tensor:
-    """The outputs of `rnn_scan`."""
-    return _enter(x, gate, first, matrix, offsets, batch, effect, backward, with_factor)[0]
+    """The outputs of `rnn_scan`; two biases or none."""
+    b_ih, b_hh = biases or (None, None)
+    return _enter(x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor)[0]
 
 
 def outputs(
     projected: Tensor,
+    biases: Sequence[Sequence[Tensor]],
     recurrent: Sequence[Tensor],
     hx: Tensor | None,
     offsets: Tensor | None,
     batch: int,
     effect: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs of a layer, (T, B, D H) or packed (rows, D H), from W_ih x + b of that shape and each direction's W_hh.
+    """Outputs of a layer, (T, B, D H) or packed (rows, D H), from W_ih x of that shape and each direction's W_hh.
 
+    biases: each direction's b_ih, then each one's b_hh; or none.
     hx: (D, B, H), the states before the first step, or None for zeros. The second result has each sequence's last
     output, (D, B, H), where the kernel wrote it.
     """
-    if len(recurrent) == 1 and goes_direct((projected, recurrent[0], hx)):
+    if len(recurrent) == 1 and goes_direct((projected, recurrent[0], hx, *[b for b, *_ in biases])):
         # What the op does, without the views that only give its tensors an axis for directions.
         first = None if hx is None else torch.bmm(hx, recurrent[0].t().unsqueeze(0))
         y = torch.empty_like(projected, memory_format=torch.contiguous_format)
         last = y.new_empty(1, batch, y.shape[-1])
         if y.numel():
-            _launch(projected, None, first, recurrent[0], offsets, batch, y, None, effect, last=last, transposed=True)
+            launch_scan(
+                projected,
+                None,
+                first,
+                recurrent[0],
+                None if offsets is None else Packing(offsets, batch),
+                y,
+                None,
+                effect,
+                biases=[b.contiguous() for (b,) in biases],
+                last=last,
+                transposed=True,
+                tf32=_tf32(projected),
+            )
         return y, last
     matrix = (torch.stack(list(recurrent)) if len(recurrent) > 1 else recurrent[0].unsqueeze(0)).transpose(1, 2)
     first = None if hx is None else torch.bmm(hx, matrix)
     x = projected.unflatten(-1, matrix.shape[:2])
-    trained = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
+    both = [torch.stack(list(b)) if len(b) > 1 else b[0].unsqueeze(0) for b in biases]
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, matrix, *both))
     # 1 - h^2 of a 16-bit h is 0 for every unit beyond |z| = 3.5: the kernel stores it as it knows it, in fp32.
     with_factor = effect == "tanh" and x.dtype.itemsize == 2 and trained
-    return scan(x, None, first, matrix, offsets, batch, effect, with_factor=with_factor).flatten(-2), None
+    return scan(x, both, None, first, matrix, offsets, batch, effect, with_factor=with_factor).flatten(-2), None
 
 
-def _scan_vmap(info, in_dims, x, gate, first, matrix, offsets, batch, effect, backward, with_factor):
-    """One more batch axis joins the batch, unless the sequences are packed or every entry has its own matrix."""
-    x_dim, gate_dim, first_dim, matrix_dim, *_ = in_dims
+def _scan_vmap(info, in_dims, x, b_ih, b_hh, gate, first, matrix, offsets, batch, effect, backward, with_factor):
+    """One more batch axis joins the batch, unless the sequences are packed or every entry has its own parameters."""
     size = info.batch_size
+    own_parameters = any(in_dims[i] is not None for i in (1, 2, 5))
 
-    def at_front(tensor: Tensor, dim: int | None) -> Tensor:
+    def at_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
         return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-    x = at_front(x, x_dim)
-    gate = None if gate is None else at_front(gate, gate_dim)
-    first = None if first is None else at_front(first, first_dim)
-    if matrix_dim is not None or offsets is not None:
-        matrix = at_front(matrix, matrix_dim)
-        every = [
-            rnn_scan(x_i, gate_i, first_i, matrix_i, offsets, batch, effect, backward, with_factor)
-            for x_i, gate_i, first_i, matrix_i in zip(
-                x,
-                [None] * size if gate is None else gate,
-                [None] * size if first is None else first,
-                matrix,
-                strict=True,
-            )
-        ]
+    if own_parameters or offsets is not None:
+        tensors = zip((x, b_ih, b_hh, gate, first, matrix), in_dims, strict=False)
+        entries = zip(*[[None] * size if t is None else at_front(t, dim) for t, dim in tensors], strict=True)
+        every = [rnn_scan(*entry, offsets, batch, effect, backward, with_factor) for entry in entries]
         return tuple(torch.stack(parts) for parts in zip(*every, strict=True)), (0, 0)
 
     def joined(tensor: Tensor | None) -> Tensor | None:  # (V, outer, B, D, H) to (outer, V B, D, H)
         return None if tensor is None else tensor.transpose(0, 1).flatten(1, 2)
 
-    if first is not None:
-        first = first.transpose(0, 1).flatten(1, 2)  # (V, D, B, H) to (D, V B, H)
-    y, factor = rnn_scan(joined(x), joined(gate), first, matrix, None, size * batch, effect, backward, with_factor)
+    # Of `first` it is (V, D, B, H) to (D, V B, H).
+    x, gate, first = (joined(at_front(t, dim)) for t, dim in ((x, in_dims[0]), (gate, in_dims[3]), (first, in_dims[4])))
+    y, factor = rnn_scan(x, b_ih, b_hh, gate, first, matrix, None, size * batch, effect, backward, with_factor)
     if with_factor:
         return (y.unflatten(1, (size, batch)), factor.unflatten(1, (size, batch))), (1, 1)
     return (y.unflatten(1, (size, batch)), factor.expand(size, 0)), (1, 0)

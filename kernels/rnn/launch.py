@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -87,12 +88,13 @@ def scan(
     factor: torch.Tensor | None,
     effect: str,
     *,
+    biases: Sequence[torch.Tensor] = (),
     last: torch.Tensor | None = None,
     transposed: bool = False,
     backward: bool = False,
     tf32: bool = False,
 ) -> None:
-    """Write y_t = e_t(x_t + y_{t-1} M), in both directions of time, into `y`.
+    """Write y_t = e_t(x_t + b + y_{t-1} M), in both directions of time, into `y`.
 
     A row's first step has first[d, b] (or 0) in place of y_{t-1} M. Direction 0 walks from the first step to the
     last and direction 1 the other way, with `backward` both turned round.
@@ -106,11 +108,13 @@ def scan(
         factor: receives 1 - y^2 before it is rounded to the storage dtype, or None.
         effect: e_t: "tanh", "relu", "tanh_derivative" (z (1 - gate^2)), "relu_derivative" (z where gate > 0) or
             "factor" (z gate).
+        biases: two whose sum is b, (D, H) each and contiguous, or none.
         last: (D, B, H), contiguous, receives each row's y at the end of its walk, or None.
         transposed: `matrix` is M^T, which is what the kernels read.
     """
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
-    flags = packing is not None, first is not None, factor is not None, last is not None
+    b_ih, b_hh = biases or (None, None)
+    flags = packing is not None, b_ih is not None, first is not None, factor is not None, last is not None
     regime, plan = _plan(steps, batch, x.shape, x.stride(), x.dtype, flags, effect, backward, tf32, device_of(x))
     weight = matrix if transposed else matrix.mT
     if not weight.is_contiguous():
@@ -118,14 +122,14 @@ def scan(
     offsets = packing.offsets if packing else None
     with device_guard(x):
         if regime == RESIDENT:
-            plan.launch(x, gate, first, weight, offsets, y, factor, last)
+            plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, y, factor, last)
         elif regime == SHARDED:
             tiles, _, directions = plan.grid
             counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
-            plan.launch(x, gate, first, weight, offsets, counters, y, factor, last)
+            plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, counters, y, factor, last)
         else:
             for step in range(steps):
-                plan.launch(x, gate, first, weight, offsets, y, factor, last, more=(step,))
+                plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, y, factor, last, more=(step,))
 
 
 @lru_cache(maxsize=4096)
@@ -135,14 +139,14 @@ def _plan(
     shape: torch.Size,
     x_strides: tuple[int, ...],
     dtype: torch.dtype,
-    flags: tuple[bool, bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool, bool],
     effect: str,
     backward: bool,
     tf32: bool,
     device: Device,
 ) -> tuple[str, Plan]:
     """The regime and its launch; of one step in the stepwise regime, of all in the others."""
-    packed, has_first, has_factor, has_last = flags
+    packed, has_bias, has_first, has_factor, has_last = flags
     if len(shape) == (2 if packed else 3):
         hidden = shape[-1]
         shape, x_strides = torch.Size((*shape[:-1], 1, hidden)), (*x_strides[:-1], hidden, 1)
@@ -151,6 +155,7 @@ def _plan(
     x = torch.empty_strided(shape, x_strides, dtype=dtype, device="meta")
     constants = constants_of(x, effect, backward, tf32, config, torch.version.hip is None and not INTERPRETED) | {
         "PACKED": packed,
+        "HAS_BIAS": has_bias,
         "HAS_FIRST": has_first,
         "HAS_FACTOR": has_factor,
         "HAS_LAST": has_last,

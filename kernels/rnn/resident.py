@@ -5,12 +5,14 @@ import triton.language as tl
 
 from ..tile import dot
 from .order import order_k, product_to_memory
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
+from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def rnn_resident_kernel(
     x_ptr,
+    b_ih_ptr,
+    b_hh_ptr,
     gate_ptr,
     first_ptr,
     w_ptr,
@@ -28,6 +30,7 @@ def rnn_resident_kernel(
     EFFECT: tl.constexpr,
     BACKWARD: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_LAST: tl.constexpr,
@@ -72,6 +75,7 @@ def rnn_resident_kernel(
         x_ptr, gate_ptr, t, start, size, rows, units, pid_d, stride_xt, stride_xb, H, D, EFFECT, PACKED, VEC
     )
     first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
+    bias = load_bias(b_ih_ptr, b_hh_ptr, units, pid_d, H, HAS_BIAS, ACC)
     previous_size = size * 0
     t, next_start, next_end = locate(1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     for step in tl.range(0, T, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
@@ -96,7 +100,7 @@ def rnn_resident_kernel(
         )
         t, later_start, later_end = locate(step + 2, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
         product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
-        y = apply(product_to_memory(product, R, W, V), first, x, gate, rows, previous_size, EFFECT)
+        y = apply(product_to_memory(product, R, W, V), first, x, bias, gate, rows, previous_size, EFFECT, HAS_BIAS)
         store(y_ptr, y, start, size, rows, units, pid_d, H, D)
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)

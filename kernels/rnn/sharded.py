@@ -6,7 +6,7 @@ import triton.language as tl
 from ..tile import dot
 from .exchange import signal, wait
 from .order import order_k, sum_of_parts
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
+from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit
@@ -39,6 +39,8 @@ def load_parts(
 @triton.jit(do_not_specialize=RUNTIME)
 def rnn_sharded_kernel(
     x_ptr,
+    b_ih_ptr,
+    b_hh_ptr,
     gate_ptr,
     first_ptr,
     w_ptr,
@@ -57,6 +59,7 @@ def rnn_sharded_kernel(
     EFFECT: tl.constexpr,
     BACKWARD: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_LAST: tl.constexpr,
@@ -98,6 +101,7 @@ def rnn_sharded_kernel(
         x_ptr, gate_ptr, t, start, size, rows, units, pid_d, stride_xt, stride_xb, H, D, EFFECT, PACKED, VEC
     )
     first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
+    bias = load_bias(b_ih_ptr, b_hh_ptr, units, pid_d, H, HAS_BIAS, ACC)
     start_before, size_before = start, size * 0
     t, next_start, next_end = locate(1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     for step in tl.range(0, T, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
@@ -132,7 +136,7 @@ def rnn_sharded_kernel(
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             products = dot(state[c], columns[c], products, PRECISION, UPCAST)
         product = sum_of_parts(products, max(1, min(K // 4, BLOCK_B * BLOCK_N // (32 * WARPS))))
-        y = apply(product, first, x, gate, rows, size_before, EFFECT)
+        y = apply(product, first, x, bias, gate, rows, size_before, EFFECT, HAS_BIAS)
         store(y_ptr, y, start, size, rows, units, pid_d, H, D)
         signal(counter_ptr)
         if HAS_FACTOR:

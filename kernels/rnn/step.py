@@ -91,18 +91,34 @@ def load_first(first_ptr, like, rows, units, pid_d, B, H: tl.constexpr, HAS_FIRS
 
 
 @triton.jit
+def load_bias(b_ih_ptr, b_hh_ptr, units, pid_d, H: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr):
+    """What is added in every step, (D, H) each; `units` has the tile's rows, or one."""
+    if HAS_BIAS:
+        offs = pid_d * H + units
+        b_ih = tl.load(b_ih_ptr + offs, mask=units < H, other=0.0)
+        return b_ih.to(ACC) + tl.load(b_hh_ptr + offs, mask=units < H, other=0.0).to(ACC)
+    else:
+        return 0.0
+
+
+@triton.jit
 def apply(
     product,  # y_{t-1} M, valid in the rows that had a step before
     first,
     x,
+    bias,
     gate,
     rows,
     previous_size,
     EFFECT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """e_t(x_t + y_{t-1} M), in the product's dtype."""
+    """e_t(x_t + bias + y_{t-1} M), in the product's dtype."""
     gate = gate.to(product.dtype)
-    z = x.to(product.dtype) + tl.where(rows < previous_size, product, first.to(product.dtype))
+    z = x.to(product.dtype)
+    if HAS_BIAS:
+        z += bias
+    z += tl.where(rows < previous_size, product, first.to(product.dtype))
     if EFFECT == "tanh":
         y = tanh(z)
     elif EFFECT == "relu":

@@ -4,12 +4,14 @@ import triton
 import triton.language as tl
 
 from ..tile import dot
-from .step import RUNTIME, apply, load_first, load_inputs, locate, size_of, store, store_last
+from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "step"])
 def rnn_stepwise_kernel(
     x_ptr,
+    b_ih_ptr,
+    b_hh_ptr,
     gate_ptr,
     first_ptr,
     w_ptr,
@@ -28,6 +30,7 @@ def rnn_stepwise_kernel(
     EFFECT: tl.constexpr,
     BACKWARD: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_LAST: tl.constexpr,
@@ -54,6 +57,7 @@ def rnn_stepwise_kernel(
         x_ptr, gate_ptr, t, start, size, rows, units, pid_d, stride_xt, stride_xb, H, D, EFFECT, PACKED, VEC
     )
     first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
+    bias = load_bias(b_ih_ptr, b_hh_ptr, units, pid_d, H, HAS_BIAS, ACC)
     product = tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC)
     _, start_before, end_before = locate(tl.maximum(step - 1, 0), pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     size_before = tl.where(step > 0, size_of(start_before, end_before, B, PACKED), 0)
@@ -66,7 +70,7 @@ def rnn_stepwise_kernel(
             state = tl.load(y_rows + offs_k[None, :], mask=state_mask, other=0.0)
             w = tl.load(w_rows + offs_k[:, None], mask=(offs_k < H)[:, None] & (units < H), other=0.0)
             product = dot(state, w, product, PRECISION, UPCAST)
-    y = apply(product, first, x, gate, rows, size_before, EFFECT)
+    y = apply(product, first, x, bias, gate, rows, size_before, EFFECT, HAS_BIAS)
     store(y_ptr, y, start, size, rows, units, pid_d, H, D)
     if HAS_FACTOR:
         store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)

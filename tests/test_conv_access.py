@@ -12,7 +12,7 @@ from backstride.kernels.conv import access, launch, reference
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.launch import Geometry
 from backstride.kernels.conv.transpose import to_channels_last
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.runtime import H200, INTERPRETED, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,24 +211,94 @@ def test_up_convolutions_of_channels_first(name, device):
 
 def strides_like(part, tensor):
     """The tensor with the strides of the part."""
-    return torch.empty_strided(part.shape, part.stride(), device=tensor.device).copy_(tensor)
+    return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=tensor.device).copy_(tensor)
 
 
-@pytest.mark.parametrize(("kernel", "across"), [((2, 2), 2), ((2, 3), 1), ((2, 16), 1)])
-def test_which_up_convolutions_write_rows(kernel, across):
-    def plan(height, memory_format):
-        size = [i * k for i, k in zip((4, 4), kernel, strict=True)]
-        x, y = torch.empty(1, 16, 4, 4), torch.empty(1, 16, height or size[0], size[1])
-        x, y = (layout_of(t.to(memory_format=memory_format)) for t in (x, y))
-        geometry = Geometry(kernel, (0, 0), (1, 1), 1)
-        return launch.plan_apply_transposed(x, (16, 16, *kernel), y, geometry, torch.float16, False, H200).constants
+ROWS = {  # size of x, kernel, stride, padding, dilation; in NCHW, the kernel and how many residues lie across a row
+    "one tap": ((4, 4), (2, 2), (2, 2), 0, 1, "conv_scatter_kernel", 2),
+    "three columns": ((4, 4), (2, 3), (2, 3), 0, 1, "conv_scatter_kernel", 1),
+    "many columns": ((4, 4), (2, 16), (2, 16), 0, 1, "conv_scatter_kernel", 16),
+    "several taps": ((20, 20), (4, 4), (2, 2), 1, 1, "conv_scatter_kernel", 2),
+    "taps along one axis": ((9, 9), (3, 8), (1, 4), 1, 1, "conv_scatter_kernel", 4),
+    "small image": ((4, 4), (4, 4), (2, 2), 1, 1, "conv_apply_transposed_kernel", None),
+    "no multiple": ((20, 20), (3, 3), (2, 2), 0, 1, "conv_apply_transposed_kernel", None),
+    "dilated": ((20, 20), (4, 4), (2, 2), 0, 3, "conv_zones_kernel", None),
+}
 
-    assert plan(None, torch.contiguous_format)["ACROSS"] == across
-    assert plan(None, torch.channels_last)["ACROSS"] == 1
-    assert plan(7, torch.contiguous_format)["ACROSS"] == 1, "the last row is cropped"
+
+def plan_of_row(name, memory_format, rows=None):
+    """The launch of X^T on 16 channels, with the result cropped to so many rows."""
+    size, kernel, stride, padding, dilation, *_ = ROWS[name]
+    sides = zip(size, kernel, stride, strict=True)
+    out = [(i - 1) * s + dilation * (k - 1) + 1 - 2 * padding for i, k, s in sides]
+    x, y = torch.empty(1, 16, *size), torch.empty(1, 16, rows or out[0], out[1])
+    x, y = (layout_of(t.to(memory_format=memory_format)) for t in (x, y))
+    geometry = Geometry(stride, (padding,) * 2, (dilation,) * 2, 1)
+    return launch.plan_apply_transposed(x, (16, 16, *kernel), y, geometry, torch.float16, False, H200)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_which_up_convolutions_write_rows(name):
+    *_, kernel, across = ROWS[name]
+    plan = plan_of_row(name, torch.contiguous_format)
+    assert (plan.kernel.__name__, plan.constants.get("ACROSS")) == (kernel, across)
+    assert plan.residues == (ROWS[name][2] if "taps" in name and name != "one tap" else ())
+    innermost = plan_of_row(name, torch.channels_last)
+    assert innermost.kernel.__name__ == ("conv_apply_transposed_kernel" if plan.residues else kernel)
+    assert innermost.constants.get("ACROSS", 1) == 1
+
+
+def test_rows_that_are_cut_off_are_written_one_by_one():
+    whole, cropped = (plan_of_row("one tap", torch.contiguous_format, rows).constants for rows in (8, 7))
+    assert (whole["ACROSS"], whole["CROP"], whole["Y_VEC"]) == (2, False, 8)
+    assert (cropped["ACROSS"], cropped["CROP"], cropped["Y_VEC"]) == (2, True, 1)
+
+
+RESIDUES = {  # x, output channels of a group, kernel, stride, padding, output padding, groups
+    "4x4 s2": ((2, 20, 18, 17), 6, (4, 4), 2, 1, 0, 1),
+    "one row more": ((1, 16, 19, 18), 5, (4, 4), 2, 1, 1, 1),
+    "8x8 s4": ((1, 17, 9, 8), 3, (8, 8), 4, 0, 0, 1),
+    "three taps": ((2, 16, 40), 5, (6,), 2, 2, 0, 1),
+    "one axis, groups": ((1, 24, 9, 20), 4, (3, 4), (1, 2), (1, 1), 0, 3),
+    "a few of many residues": ((1, 16, 30), 2, (64,), 32, 5, 0, 1),
+    "3-D": ((1, 16, 3, 18, 17), 2, (2, 4, 4), 2, (0, 1, 1), 0, 1),
+    "few channels": ((1, 3, 16, 18), 2, (4, 4), 2, 1, 0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", RESIDUES)
+def test_residues_as_columns(name, dtype, device):
+    """Every element is written, in torch's own, in a slice of a wider tensor, and with the weights of TF32."""
+    shape, b, kernel, stride, padding, extra, groups = RESIDUES[name]
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    axes = len(kernel)
+    stride, padding = (value if isinstance(value, tuple) else (value,) * axes for value in (stride, padding))
+    sides = zip(shape[2:], kernel, stride, padding, strict=True)
+    out = [(i - 1) * s + k - 2 * p + extra for i, k, s, p in sides]
+    geometry = Geometry(stride, padding, (1,) * axes, groups)
+    tensors = random_tensors(
+        29, shape, (shape[1], b, *kernel), (b * groups,), (shape[0], b * groups, *out), dtype=dtype, device=device
+    )
+    x, w, bias, residual = tensors
+    expected = reference.apply_transposed(x.double(), w.double(), out, geometry)
+    expected += bias.double().view(-1, *[1] * axes) + residual.double()
+    wide = torch.full((shape[0], b * groups + 3, *out), math.nan, dtype=dtype, device=device)
+    part = wide[:, 2:-1]
+    for y, tf32 in ((torch.full_like(residual, math.nan), True), (part, False)):
+        plan = launch.plan_apply_transposed(layout_of(x), w.shape, layout_of(y), geometry, dtype, tf32, device_of(x))
+        assert plan.kernel.__name__ == "conv_scatter_kernel" and plan.residues == stride
+        launch.apply_transposed(x, w, bias, strides_like(y, residual), y, geometry, tf32=tf32)
+        tolerance = 1e-2 if dtype == torch.float16 or device != "cpu" else 1e-5
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=5 * tolerance, check_stride=False)
+    assert wide.isnan().sum() == wide[:, :3].numel()
 
 
 SUMS = {  # x of X^T, output channels, kernel, stride, padding, dilation
+    "1-D": ((2, 18, 9), 5, 3, 2, 1, 1, "conv_apply_transposed_kernel"),
+    "1-D, several taps": ((1, 18, 20), 5, 6, 2, 1, 1, None),
+    "3-D": ((1, 18, 3, 4, 3), 5, 3, 2, 1, 1, "conv_zones_kernel"),
     "scatter": ((1, 20, 3, 4), 3, 2, 2, 0, 1, "conv_scatter_kernel"),
     "residue phases": ((1, 18, 4, 5), 5, 3, 2, 1, 1, "conv_apply_transposed_kernel"),
     "zones": ((2, 34, 12, 12), 17, 3, 1, 8, 8, "conv_zones_kernel"),
@@ -242,12 +312,13 @@ def test_weights_of_tf32_lie_along_the_sum(name, device):
         pytest.skip("the kernels run on a GPU or interpreted")
     shape, b, kernel, stride, padding, dilation, launched = SUMS[name]
     out = [(i - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1 for i in shape[2:]]
-    x, w = random_tensors(28, shape, (shape[1], b, kernel, kernel), dtype=torch.float32, device=device)
-    geometry = Geometry((stride,) * 2, (padding,) * 2, (dilation,) * 2, 1)
+    axes = len(shape) - 2
+    x, w = random_tensors(28, shape, (shape[1], b, *[kernel] * axes), dtype=torch.float32, device=device)
+    geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, 1)
     expected = reference.apply_transposed(x.double(), w.double(), out, geometry)
     for image, y in both_layouts(x, torch.full((shape[0], b, *out), math.nan, device=device)):
         plan = launch.plan_apply_transposed(layout_of(image), w.shape, layout_of(y), geometry, w.dtype, True, H200)
-        assert plan.kernel.__name__ == launched and plan.constants["SUM_LAST"]
+        assert launched in (None, plan.kernel.__name__) and plan.constants["SUM_LAST"]
         launch.apply_transposed(image, w, None, None, y, geometry, tf32=True)
         tolerance = 1e-4 if device == "cpu" else 2e-2
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * 10, check_stride=False)

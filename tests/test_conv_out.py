@@ -27,6 +27,7 @@ LAYERS = {
     "1-D": ("conv1d", (2, 5, 17), (6, 5, 3), (2, 1)),
     "3-D": ("conv3d", (1, 4, 3, 4, 5), (6, 4, 2, 2, 2), (1,)),
     "scatter": ("conv_transpose2d", (2, 16, 3, 4), (16, 6, 2, 2), (2,)),
+    "scatter, several taps": ("conv_transpose2d", (1, 16, 17, 18), (16, 3, 4, 4), (2, 1)),
     "phases": ("conv_transpose2d", (2, 16, 3, 4), (16, 6, 3, 3), (2, 1, 1)),
     "flat transposed": ("conv_transpose2d", (1, 3, 5, 5), (3, 5, 3, 3), (1, 1)),
     "depthwise transposed": ("conv_transpose2d", (2, 6, 4, 5), (6, 1, 4, 4), (2, 1, 0, 6)),

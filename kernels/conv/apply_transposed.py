@@ -186,10 +186,16 @@ def conv_apply_transposed_kernel(
     )
 
 
+@triton.jit
+def _positions(OUT, PAD, S: tl.constexpr):
+    """Of q with S q + r - PAD inside of the result for some r < S: the first, and how many."""
+    return PAD // S, tl.cdiv(OUT + PAD, S) - PAD // S
+
+
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def conv_scatter_kernel(
     x_ptr,  # (N, groups * A, ID, IH, IW)
-    w_ptr,  # (groups * A, KD * KH * KW, B), or with ACROSS > 1 (groups * A, B, KD * KH * KW); with SUM_LAST A is last
+    w_ptr,  # (groups * A, taps, residues, B), with ACROSS > 1 (groups * A, taps, B, residues); with SUM_LAST A is last
     bias_ptr,  # (groups * B,)
     residual_ptr,  # as y
     y_ptr,  # (N, groups * B, OD, OH, OW)
@@ -220,6 +226,9 @@ def conv_scatter_kernel(
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    SD: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
     IN_VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -242,64 +251,83 @@ def conv_scatter_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = relu(X^T x + bias + residual) where the stride equals the kernel size: one GEMM and a scattering store.
+    """y = relu(X^T x + bias + residual) where the stride divides the kernel size: one GEMM and a scattering store.
 
-    [input pixels, A] times [A, taps * B]: every output pixel has exactly one tap, so each product lands at
-    S i + r - p with nothing to add up, and the input is read once for all taps. With ACROSS > 1 (which KW is then) the
-    taps along W are the innermost columns, and what they make of neighbouring pixels is written as the row that it is.
+    y[S q + r - p] = sum over t of x[q - t] w[r + S t]: all SD * SH * SW residues r of a position q sum over the same
+    input pixels, so they are columns of one product, [positions, taps * A] times [taps * A, residues * B] (the
+    sub-pixel convolution of Shi et al. 2016, arXiv 1609.05158). Where the stride is the kernel size there is one tap.
+    With ACROSS > 1 (which SW is then) the residues along W are the innermost columns, and what they make of
+    neighbouring positions is written as the row that it is.
     """
     X_RUN: tl.constexpr = tl.constexpr(1) if X_LAST else X_VEC
     Y_RUN: tl.constexpr = tl.constexpr(1) if Y_LAST else Y_VEC
     A = IN_UNITS * IN_VEC
     B = OUT_UNITS * OUT_VEC
-    TAPS: tl.constexpr = KD * KH * KW
-    tiles_n = tl.cdiv(TAPS * B, BLOCK_N)
+    TAPS_D: tl.constexpr = KD // SD
+    TAPS_H: tl.constexpr = KH // SH
+    TAPS_W: tl.constexpr = KW // SW
+    TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
+    COLUMNS = SD * SH * SW * B
+    tiles_n = tl.cdiv(COLUMNS, BLOCK_N)
     pid_m = tl.program_id(0) // (GROUPS * tiles_n)
     pid_n = tl.program_id(0) % tiles_n
     group = (tl.program_id(0) // tiles_n % GROUPS).to(tl.int64)
 
+    QD, QH, QW = ID, IH, IW
+    first_d, first_h, first_w = 0, 0, 0
+    if TAPS > 1:
+        first_d, QD = _positions(OD, PAD_D, SD)  # pyright: ignore[reportGeneralTypeIssues]
+        first_h, QH = _positions(OH, PAD_H, SH)  # pyright: ignore[reportGeneralTypeIssues]
+        first_w, QW = _positions(OW, PAD_W, SW)  # pyright: ignore[reportGeneralTypeIssues]
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, i_d, i_h, i_w = unravel(pixel, ID, IH, IW, NDIM)
+    n, qd, qh, qw = unravel(pixel, QD, QH, QW, NDIM)
+    qd += first_d
+    qh += first_h
+    qw += first_w
     mask_m = tl.max_constancy(n < N, X_RUN if X_RUN > Y_RUN or ACROSS > 1 else Y_RUN)
     n = tl.minimum(n, N - 1)
-    offs_x = element_offset(n, i_d, i_h, i_w, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
+    offs_x = element_offset(n, qd, qh, qw, stride_xn, stride_xd, stride_xh, stride_xw, NDIM, X_VEC, X_RUN)
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < TAPS * B
+    mask_n = offs_n < COLUMNS
     offs_group = group * A * stride_xc
     if not X_LAST:
         offs_group = tl.multiple_of(offs_group, X_VEC)
     x_ptr += offs_group
-    w_ptr += group * A * (TAPS * B)
+    w_ptr += group * A * (TAPS * COLUMNS)
 
     offs_a = offs_k.to(tl.int64) * stride_xc
     if not X_LAST:
         offs_a = tl.multiple_of(offs_a, X_VEC)
-    column = within(offs_n, TAPS * B, OUT_VEC)
+    column = within(offs_n, COLUMNS, OUT_VEC)
     if SUM_LAST:
         w_ptrs = w_ptr + (column.to(tl.int64) * A)[None, :] + offs_k[:, None]
         stride_wa = 1
+        stride_wt = COLUMNS.to(INDEX) * A
     else:
-        w_ptrs = w_ptr + (offs_k.to(tl.int64) * (TAPS * B))[:, None] + column[None, :]
-        stride_wa = TAPS * B.to(INDEX)
-    none = 0, 0, 0
+        w_ptrs = w_ptr + (offs_k.to(tl.int64) * (TAPS * COLUMNS))[:, None] + column[None, :]
+        stride_wa = TAPS * COLUMNS.to(INDEX)
+        stride_wt = COLUMNS
     blocks = tl.cdiv(A, BLOCK_K)
+    taps = TAPS_D, TAPS_H, TAPS_W
+    x_strides = stride_xd, stride_xh, stride_xw
+    w_strides = TAPS_H * TAPS_W * stride_wt, TAPS_W * stride_wt, stride_wt
     acc = walk(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
         x_ptr + outer_sum(offs_x, offs_a, X_LAST),
         w_ptrs,
-        make_jumps(BLOCK_K, stride_xc, none, none, none, blocks, INDEX),
-        make_jumps(BLOCK_K, stride_wa, none, none, none, blocks, INDEX),
-        (i_d, i_h, i_w),
-        none,
-        none,
-        (1, 1, 1),
+        make_jumps(BLOCK_K, stride_xc, (-1, -1, -1), x_strides, taps, blocks, INDEX),
+        make_jumps(BLOCK_K, stride_wa, (1, 1, 1), w_strides, taps, blocks, INDEX),
+        (qd, qh, qw),
+        (-1, -1, -1),
+        (ID, IH, IW),
+        taps,
         A,
         NDIM,
         NDIM,
-        False,
-        False,
-        (1, 1, 1),
+        TAPS > 1,
+        TAPS > 1,
+        (TAPS_D, TAPS_H, TAPS_W),
         EVEN,
         X_LAST,
         X_VEC,
@@ -309,25 +337,28 @@ def conv_scatter_kernel(
         BLOCK_K,
     )
 
-    ow = i_w * KW
+    ow = qw * SW
     if ACROSS > 1:
-        acc = tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // KW, KW]), [0, 2, 1])
-        acc = tl.reshape(acc, [BLOCK_M * KW, BLOCK_N // KW])
-        pixel = pid_m.to(INDEX) * (BLOCK_M * KW) + tl.arange(0, BLOCK_M * KW)
-        n, i_d, i_h, ow = unravel(pixel, ID, IH, IW * KW, NDIM)
+        acc = tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // SW, SW]), [0, 2, 1])
+        acc = tl.reshape(acc, [BLOCK_M * SW, BLOCK_N // SW])
+        pixel = pid_m.to(INDEX) * (BLOCK_M * SW) + tl.arange(0, BLOCK_M * SW)
+        n, qd, qh, ow = unravel(pixel, QD, QH, QW * SW, NDIM)
+        qd += first_d
+        qh += first_h
+        ow += first_w * SW
         mask_m = tl.max_constancy(n < N, Y_RUN)
-        offs_n = pid_n * (BLOCK_N // KW) + tl.arange(0, BLOCK_N // KW)
-        mask_n = offs_n < KD * KH * B
-        tap = offs_n % (KD * KH) * KW
-        channel = group * B + offs_n // (KD * KH)
+        offs_n = pid_n * (BLOCK_N // SW) + tl.arange(0, BLOCK_N // SW)
+        mask_n = offs_n < SD * SH * B
+        residue = offs_n % (SD * SH) * SW
+        channel = group * B + offs_n // (SD * SH)
     else:
-        tap = offs_n // B
+        residue = offs_n // B
         channel = group * B + offs_n % B
-    rd = tap // (KH * KW) - PAD_D
-    rh = tap // KW % KH - PAD_H
-    rw = tap % KW - PAD_W
-    od = i_d * KD
-    oh = i_h * KH
+    rd = residue // (SH * SW) - PAD_D
+    rh = residue // SW % SH - PAD_H
+    rw = residue % SW - PAD_W
+    od = qd * SD
+    oh = qh * SH
     mask = outer_and(mask_m, mask_n, Y_LAST)
     if CROP:
         d = outer_sum(od, rd, Y_LAST)
@@ -335,10 +366,10 @@ def conv_scatter_kernel(
         w = outer_sum(ow, rw, Y_LAST)
         mask = mask & in_bounds(d, h, w, OD, OH, OW, NDIM)
     offs_y = element_offset(n, od, oh, ow, stride_yn, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC, Y_RUN)
-    offs_tap = element_offset(tap * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
-    # A run of OUT_VEC columns stays within one tap, so its addresses are consecutive: said, because the division
+    offs_residue = element_offset(residue * 0, rd, rh, rw, 0, stride_yd, stride_yh, stride_yw, NDIM, Y_VEC)
+    # A run of OUT_VEC columns stays within one residue, so its addresses are consecutive: said, because the division
     # hides it from the compiler, which would otherwise store element by element.
-    offs_column = offs_tap + channel * stride_yc
+    offs_column = offs_residue + channel * stride_yc
     if Y_LAST:
         offs_column = tl.max_contiguous(tl.multiple_of(offs_column, COLUMN_VEC), COLUMN_VEC)
     else:

@@ -23,6 +23,8 @@ from .transpose import to_channels_last
 from .weight_grad import conv_weight_grad_kernel, reduce_splits_kernel
 
 REDUCE_BLOCK = 1024
+IN_ORDER = tuple(tuple(range(axes)) for axes in (3, 4, 5))  # the axes of a weight that is read as it lies
+ACROSS = (2, 4, 8, 16, 32)  # strides along W whose residues may be columns: a tile has a multiple of them
 
 
 class Geometry(NamedTuple):
@@ -39,6 +41,7 @@ class ConvPlan(Plan):
     """A launch of a convolution."""
 
     copies: tuple[bool, ...] = ()  # for each tensor that is read, whether from a channels-last copy
+    residues: tuple[int, ...] = ()  # into which each of the weight's axes of taps is split first: to (taps, residues)
     axes: tuple[int, ...] = ()  # of the weight, as they lie in memory when it is read
     mirrored: bool = False  # whether the weight is mirrored first
     table: zones.Table | None = None  # of the zones, where the launch goes over zones
@@ -236,6 +239,27 @@ def plan_apply(
     return ConvPlan(conv_apply_kernel, grid, sizes, constants, copies=(access_x.copied,), axes=axes)
 
 
+def _positions(kernel: Sequence[int], geometry: Geometry, x: Layout, y: Layout) -> tuple[int, ...] | None:
+    """Positions along each axis where X^T is one product with the residues as columns; None where it is not.
+
+    That takes a stride that divides the kernel size. With one tap each input pixel is a position, if every output pixel
+    is reached. With several, padding may shift the result against the positions, which are more than a phase's pixels
+    then: for small images phases are less work. So they are where channels are innermost, which they write together.
+    """
+    stride, padding, dilation, _ = geometry
+    size_x, size_y = x.shape[2:], y.shape[2:]
+    if any(k % s or (d > 1 and k > 1) for k, s, d in zip(kernel, stride, dilation, strict=True)):
+        return None
+    if tuple(kernel) == stride:
+        reached = all(o + p <= i * s for i, o, s, p in zip(size_x, size_y, stride, padding, strict=True))
+        return size_x if reached else None
+    if stride[-1] not in ACROSS or access.write(y, False).last:
+        return None
+    positions = tuple(-(-(o + p) // s) - p // s for o, p, s in zip(size_y, padding, stride, strict=True))
+    in_phases = math.prod(-(-o // s) for o, s in zip(size_y, stride, strict=True))
+    return positions if 8 * math.prod(positions) <= 9 * in_phases else None
+
+
 @lru_cache(maxsize=4096)
 def plan_apply_transposed(
     x: Layout,
@@ -246,50 +270,43 @@ def plan_apply_transposed(
     tf32: bool,
     device: Device,
 ) -> ConvPlan:
-    """Launch of y = X^T x, for a weight of shape (A total, B, *kernel): scattered where the stride is the kernel's
-    size and every output pixel is reached, else by residue phases."""
+    """Launch of y = X^T x, for a weight of shape (A total, B, *kernel): as one product that is scattered, where
+    `_positions` says so, else by residue phases."""
     a, b, kernel = weight[0] // geometry.groups, weight[1], weight[2:]
     if is_better_flat(weight, geometry):
         sides = b * geometry.groups, a, *kernel
         return replace(plan_apply(x, sides, y, mirror(kernel, geometry), dtype, tf32, device), mirrored=True)
-    taps = math.prod(kernel)
     tensor_cores = uses_tensor_cores(dtype, tf32)
-    scatter = all(
-        k == s and (d == 1 or k == 1) and size_y + p <= size_x * s
-        for k, s, d, p, size_x, size_y in zip(
-            kernel,
-            geometry.stride,
-            geometry.dilation,
-            geometry.padding,
-            x.shape[2:],
-            y.shape[2:],
-            strict=True,
-        )
-    )
-    access_x = access.read(x, scatter, a, b)
+    positions = _positions(kernel, geometry, x, y)
+    scatter = positions is not None
+    access_x = access.read(x, positions == x.shape[2:], a, b)
     access_y = access.write(y, math.prod(geometry.stride) == 1)
-    cropped = any(
-        size_y != size_x * s for s, size_x, size_y in zip(geometry.stride, x.shape[2:], y.shape[2:], strict=True)
-    )
-    across = 1
-    if scatter and not (cropped or access_y.last) and kernel[-1] in (2, 4, 8):
-        across, access_y = kernel[-1], access.write_rows(y)
+    across, cropped = 1, False
+    residues, axes = (), channels_innermost(weight)
+    if scatter:
+        cropped = any(size != q * s for size, q, s in zip(y.shape[2:], positions, geometry.stride, strict=True))
+        if geometry.stride[-1] in ACROSS and not access_y.last:
+            across, access_y = geometry.stride[-1], access_y if cropped else access.write_rows(y)
+        if geometry.stride != tuple(kernel):
+            residues, end = geometry.stride, 2 + 2 * len(kernel)
+            axes = (0, *range(2, end, 2), 1, *range(3, end, 2))
+        elif across > 1:
+            axes = tuple(range(len(weight)))
     # Hopper's matrix units take 32-bit operands only with neighbouring terms of the sum side by side.
     sum_last = tf32 and dtype == torch.float32 and geometry.groups == 1
-    axes = channels_innermost(weight) if across == 1 else tuple(range(len(weight)))
     if sum_last:
         axes = (*axes[1:], 0)
     constants = layer_constants(kernel, geometry, a, b, access_x, access_y) | {"SUM_LAST": sum_last}
     if scatter:
-        rows, columns = x.shape[0] * math.prod(x.shape[2:]), taps * b
+        rows, columns = x.shape[0] * math.prod(positions), math.prod(geometry.stride) * b
         launched, phases = conv_scatter_kernel, 1
-        for name in ("SD", "SH", "SW", "DD", "DH", "DW"):
+        for name in ("DD", "DH", "DW"):
             del constants[name]
         constants["COLUMN_VEC"] = min(constants["OUT_VEC"], access_y.vector) if access_y.last else 1
         constants |= {"ACROSS": across, "CROP": cropped}
     else:
-        positions = [-(-size // s) for size, s in zip(y.shape[2:], geometry.stride, strict=True)]
-        rows, columns = x.shape[0] * math.prod(positions), b
+        in_phase = [-(-size // s) for size, s in zip(y.shape[2:], geometry.stride, strict=True)]
+        rows, columns = x.shape[0] * math.prod(in_phase), b
         launched, phases = conv_apply_transposed_kernel, math.prod(geometry.stride)
         for axis in "DHW":
             constants[f"G{axis}"] = math.gcd(constants[f"S{axis}"], constants[f"D{axis}"])
@@ -304,6 +321,9 @@ def plan_apply_transposed(
         phases,
         access.is_channels_last(access_x, access_y),
     )
+    if across > 1 and cropped and config.block_m == 128:
+        # Whether it is stored is asked of each element, in registers: 128 by 128 spill.
+        config = replace(config, block_n=min(config.block_n, 64))
     constants["EVEN"] = a % config.block_k == 0
     constants["INDEX"] = index_dtype(rows * across, reach(access_x, kernel, geometry.dilation), math.prod(weight))
     constants |= dtype_constants(dtype, tf32) | block_constants(config)
@@ -312,7 +332,8 @@ def plan_apply_transposed(
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, axes, note)
     sizes = _sizes(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)
-    return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=(access_x.copied,), axes=axes)
+    copies = (access_x.copied,)
+    return ConvPlan(launched, (phases * tiles,), sizes, constants, copies=copies, residues=residues, axes=axes)
 
 
 def _reach(layout: Layout, walk: Access, pixels: int, step: int) -> int:
@@ -452,7 +473,9 @@ def _launch_forward(
         x = to_channels_last(x)
     if plan.mirrored:
         weight = mirror_weight(weight, geometry.groups)
-    if plan.axes[1] != 1:
+    for axis, residues in enumerate(plan.residues):
+        weight = weight.unflatten(2 + 2 * axis, (-1, residues))
+    if plan.axes not in IN_ORDER:
         weight = weight.permute(plan.axes)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):

@@ -15,9 +15,8 @@ import triton
 from rich.table import Table
 from torch import Tensor
 
-from ..kernels.conv import launch as conv_launch
+from ..kernels.conv import plan_forward, plan_weight_grad, zones
 from ..kernels.conv import pyramid as conv_pyramid
-from ..kernels.conv import zones
 from ..kernels.conv.config import ConvConfig
 from ..kernels.depthwise import launch as depthwise_launch
 from ..kernels.depthwise.config import DepthwiseConfig
@@ -96,7 +95,7 @@ class Asked(NamedTuple):
 
 
 FAMILIES: dict[type, tuple[Any, ...]] = {
-    ConvConfig: (conv_launch, conv_pyramid),
+    ConvConfig: (plan_forward, plan_weight_grad, conv_pyramid),
     DepthwiseConfig: (depthwise_launch,),
     PoolConfig: (pool_launch,),
     RnnConfig: (rnn_launch,),
@@ -174,9 +173,9 @@ def forced(config: Any) -> Iterator[None]:
         taken.append(True)
         return shipped(*args, **kwargs)
 
-    shipped = conv_launch.zones_plan
+    shipped = plan_forward.zones_plan
     settings = {"WORTH": math.inf} if config.zones else {"MOST_ROWS": 0}
-    with changed((zones, conv_launch, conv_pyramid), zones_plan=plan, **settings):
+    with changed((zones, plan_forward, conv_pyramid), zones_plan=plan, **settings):
         yield
     if config.zones and not taken:
         raise NoZonesError

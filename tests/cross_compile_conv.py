@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backstride.kernels.conv import launch
-from backstride.kernels.conv.launch import Geometry, Layout
+from backstride.kernels.conv.access import Layout
+from backstride.kernels.conv.plan import Geometry, Plan
+from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.pyramid import plan_pyramid
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.transpose import BLOCK, to_channels_last_kernel
@@ -46,7 +48,7 @@ def dense_layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
     return Layout(shape, (batch_stride, channel_stride, *reversed(strides)))
 
 
-def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str, launch.Plan]]:
+def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str, Plan]]:
     """(layer, launch) of all three kernels over all layers."""
     torch_dtype, tf32 = DTYPES[dtype], dtype == "tf32"
     for name, layouts, axes, batch, c_in, c_out, size, kernel, stride, padding, dilation, groups in LAYERS:
@@ -58,12 +60,12 @@ def plans(dtype: str, channels_last: bool, device: Device) -> Iterator[tuple[str
         y = dense_layout((batch, c_out, *[out] * axes), channels_last)
         weight = (c_out, c_in // groups, *[kernel] * axes)
         yield name, launch.plan_apply(x, weight, y, geometry, torch_dtype, tf32, device)
-        if not launch.is_better_flat(weight, geometry):  # else it is planned as a convolution, like the forward
+        if not is_better_flat(weight, geometry):  # else it is planned as a convolution, like the forward
             yield name, launch.plan_apply_transposed(y, weight, x, geometry, torch_dtype, tf32, device)
         yield name, launch.plan_weight_grad(x, weight, channels_last, y, geometry, torch_dtype, tf32, device)
 
 
-def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> launch.Plan:
+def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> Plan:
     x, y = (dense_layout((8, channels, 33, 33), channels_last) for channels in (2048, 1024))
     weights = ((256, 2048, 1, 1), *[(256, 2048, 3, 3)] * 3)
     plan = plan_pyramid(x, weights, y, ((1, 1), (6, 6), (12, 12), (18, 18)), DTYPES[dtype], dtype == "tf32", device)
@@ -72,7 +74,7 @@ def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> launch.Plan
 
 
 def launch_signature(
-    plan: launch.Plan, pointer: str, units: Sequence[str] = CHANNEL_STRIDES
+    plan: Plan, pointer: str, units: Sequence[str] = CHANNEL_STRIDES
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Types of the run-time arguments, and those that a launch would fix: which of the strides `units` are 1."""
     names = [name for name in plan.kernel.arg_names if name not in plan.constants]

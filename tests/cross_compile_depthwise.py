@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backstride.kernels.conv.launch import Geometry, Plan
+from backstride.kernels.conv.plan import Geometry, Plan
 from backstride.kernels.depthwise import launch
 from backstride.kernels.depthwise.tile import UNIT_STRIDES
 from backstride.kernels.runtime import Device

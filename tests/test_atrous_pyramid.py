@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import pyramid, zones
-from backstride.kernels.runtime import INTERPRETED
+from backstride.kernels.conv.access import Layout
+from backstride.kernels.runtime import INTERPRETED, device_of
 from torch.func import grad, vmap
 
 from .oracle import assert_as_exact_as, to_fp64
@@ -138,11 +139,9 @@ def test_whole_aspp_in_one_launch():
     """DeepLabv3's, output stride 16: 215 tiles of pixels by 2 of channels for the three 3x3 branches (and 69 by 2 for
     the 1x1), the heaviest first."""
     weights = ((256, 2048, 1, 1), *[(256, 2048, 3, 3)] * 3)
-    x, y = (kernels.launch.Layout((8, c, 33, 33), (c * 33 * 33, 1, c * 33, c)) for c in (2048, 1024))
+    x, y = (Layout((8, c, 33, 33), (c * 33 * 33, 1, c * 33, c)) for c in (2048, 1024))
     dilations = ((1, 1), (6, 6), (12, 12), (18, 18))
-    plan = pyramid.plan_pyramid(
-        x, weights, y, dilations, torch.bfloat16, False, kernels.launch.device_of(torch.empty(0))
-    )
+    plan = pyramid.plan_pyramid(x, weights, y, dilations, torch.bfloat16, False, device_of(torch.empty(0)))
     assert plan is not None and plan.table is not None
     assert (plan.constants["BLOCK_M"], plan.constants["BLOCK_N"]) == (128, 128)
     assert plan.grid == (2 * (215 + 69),)

@@ -10,10 +10,14 @@ import backstride.fused_ops as fused
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from backstride.kernels import conv as kernels
-from backstride.kernels.conv import launch, reference
-from backstride.kernels.conv.launch import Geometry
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.conv import launch, plan_forward, plan_weight_grad, reference
+from backstride.kernels.conv.access import Layout, layout_of
+from backstride.kernels.conv.apply import conv_apply_kernel
+from backstride.kernels.conv.apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
+from backstride.kernels.conv.plan import Geometry
+from backstride.kernels.runtime import H200, INTERPRETED, device_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -322,14 +326,14 @@ def test_weight_gradient_is_split_and_right(device):
     """Enough pixels for several partial results, in both memory formats of the weight."""
     x, y = random_tensors(14, (1, 8, 24, 24), (1, 8, 22, 22), dtype=torch.float32, device=device)
     plan = launch.plan_weight_grad(
-        launch.layout_of(x),
+        layout_of(x),
         (8, 8, 3, 3),
         False,
-        launch.layout_of(y),
+        layout_of(y),
         Geometry((1, 1), (0, 0), (1, 1), 1),
         x.dtype,
         False,
-        launch.device_of(x),
+        device_of(x),
     )
     assert plan.grid[1] > 1
     for tensors in both_layouts(x, y):
@@ -364,7 +368,7 @@ torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 def test_pixel_indices_widen_near_the_limit():
     def index(batch):
-        image = launch.Layout((batch, 1, 2**15, 2**15), (2**30, 1, 2**15, 1))
+        image = Layout((batch, 1, 2**15, 2**15), (2**30, 1, 2**15, 1))
         geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
         plan = launch.plan_apply(image, (1, 1, 1, 1), image, geometry, torch.float16, False, H200)
         return str(plan.constants["INDEX"])
@@ -376,7 +380,8 @@ def test_pixel_indices_widen_near_the_limit():
 def test_64_bit_pixel_indices(monkeypatch, layer):
     axes, shape, c_out, kernel, stride, padding, dilation, groups = layer
     plans = (launch.plan_apply, launch.plan_apply_transposed, launch.plan_weight_grad)
-    monkeypatch.setattr(launch, "index_dtype", lambda *numbers: launch.tl.int64)
+    for module in (plan_forward, plan_weight_grad):
+        monkeypatch.setattr(module, "index_dtype", lambda *numbers: tl.int64)
     for plan in plans:
         plan.cache_clear()
     try:
@@ -397,8 +402,8 @@ def test_new_sizes_need_no_new_kernel():
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
 
     def constants(batch, size):
-        x = launch.layout_of(torch.empty(batch, 64, size, size).to(memory_format=torch.channels_last))
-        y = launch.layout_of(torch.empty(batch, 128, size, size).to(memory_format=torch.channels_last))
+        x = layout_of(torch.empty(batch, 64, size, size).to(memory_format=torch.channels_last))
+        y = layout_of(torch.empty(batch, 128, size, size).to(memory_format=torch.channels_last))
         arguments = (geometry, torch.bfloat16, False, H200)
         weight = (128, 64, 3, 3)
         return [
@@ -415,7 +420,7 @@ def test_new_sizes_need_no_new_kernel():
     )
     from backstride.kernels.conv.tile import CHANNEL_STRIDES, RUNTIME
 
-    for kernel in (launch.conv_apply_kernel, launch.conv_apply_transposed_kernel, launch.conv_scatter_kernel):
+    for kernel in (conv_apply_kernel, conv_apply_transposed_kernel, conv_scatter_kernel):
         sizes = [
             n for n in kernel.arg_names if n not in constants(8, 65)[0] and n.split("_")[0] in ("N", "ID", "stride")
         ]
@@ -427,14 +432,14 @@ def test_new_sizes_compile_nothing(device):
     x = torch.randn(2, 64, 65, 65, device=device, dtype=torch.float16).to(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.float16)
     fused.conv2d(x, w, padding=1)
-    cached = len(launch.conv_apply_kernel.device_caches[x.device.index][0])
+    cached = len(conv_apply_kernel.device_caches[x.device.index][0])
     for size in (66, 79, 96, 101):
         fused.conv2d(
             torch.randn(2, 64, size, size, device=device, dtype=torch.float16).to(memory_format=torch.channels_last),
             w,
             padding=1,
         )
-    assert len(launch.conv_apply_kernel.device_caches[x.device.index][0]) == cached
+    assert len(conv_apply_kernel.device_caches[x.device.index][0]) == cached
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

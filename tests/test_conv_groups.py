@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import depthwise
 from backstride.kernels.conv import launch
-from backstride.kernels.conv.launch import Geometry
-from backstride.kernels.runtime import H200, Device
+from backstride.kernels.conv.access import Layout
+from backstride.kernels.conv.plan import Geometry
+from backstride.kernels.conv.plan_forward import is_better_flat
+from backstride.kernels.conv.weight_grad import conv_weight_grad_kernel
+from backstride.kernels.runtime import H200, Device, Plan
 
 from .cross_compile import read_table, table_path
 from .test_conv import both_layouts, check_forward_and_gradients, random_tensors
@@ -19,10 +22,10 @@ def padded(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def useful_share(plan: launch.Plan, channels: int) -> float:
+def useful_share(plan: Plan, channels: int) -> float:
     """Multiply-adds of the layer over those of its tiles, for each group's 3x3 taps, its channels in and out."""
     c = plan.constants
-    if plan.kernel is launch.conv_weight_grad_kernel:
+    if plan.kernel is conv_weight_grad_kernel:
         columns = padded(TAPS * channels, c["BLOCK_N"]) if c["FLATTEN"] else TAPS * padded(channels, c["BLOCK_N"])
         issued = padded(channels, c["BLOCK_M"]) * columns
     else:
@@ -31,14 +34,14 @@ def useful_share(plan: launch.Plan, channels: int) -> float:
     return TAPS * channels * channels / issued
 
 
-def plans(channels: int, device: Device) -> tuple[launch.Plan, ...]:
+def plans(channels: int, device: Device) -> tuple[Plan, ...]:
     """Forward, input gradient and weight gradient of ResNeXt's 3x3 layer in bf16, channels_last."""
     total = GROUPS * channels
-    image = launch.Layout((8, total, 33, 33), (33 * 33 * total, 1, 33 * total, total))
+    image = Layout((8, total, 33, 33), (33 * 33 * total, 1, 33 * total, total))
     geometry = Geometry((1, 1), (1, 1), (1, 1), GROUPS)
     weight = (total, channels, 3, 3)
     rest = torch.bfloat16, False, device
-    assert launch.is_better_flat(weight, geometry) == (channels < 16)
+    assert is_better_flat(weight, geometry) == (channels < 16)
     return (
         launch.plan_apply(image, weight, image, geometry, *rest),
         launch.plan_apply_transposed(image, weight, image, geometry, *rest),

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import launch, reference
-from backstride.kernels.conv.launch import Geometry, Layout, layout_of
+from backstride.kernels.conv.access import Layout, layout_of
+from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.runtime import H200, INTERPRETED
 from backstride.kernels.tile import quotient, reciprocal
 

@@ -8,9 +8,11 @@ import backstride.fused_ops as fused
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from backstride.kernels import conv as kernels
-from backstride.kernels.conv import launch, zones
-from backstride.kernels.conv.launch import Geometry
+from backstride.kernels.conv import launch, plan_forward, plan_weight_grad, zones
+from backstride.kernels.conv.access import Layout
+from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.runtime import H200, INTERPRETED
 
 from .oracle import assert_as_exact_as, to_fp64
@@ -80,7 +82,7 @@ def test_zones_are_the_definition(transposed):
 
 
 def plan(batch, channels, size, dilation, transposed=False, kernel=3):
-    image = launch.Layout((batch, channels, size, size), (size * size * channels, 1, size * channels, channels))
+    image = Layout((batch, channels, size, size), (size * size * channels, 1, size * channels, channels))
     d = dilation * (kernel - 1) // 2
     geometry = Geometry((1, 1), (d, d), (dilation, dilation), 1)
     planner = launch.plan_apply_transposed if transposed else launch.plan_apply
@@ -210,7 +212,8 @@ def test_every_direction(layer, dtype, channels_last, zones_always, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="forces 64-bit pixel indices on the interpreted kernels")
 def test_64_bit_pixel_indices(monkeypatch, zones_always):
-    monkeypatch.setattr(launch, "index_dtype", lambda *numbers: launch.tl.int64)
+    for module in (plan_forward, plan_weight_grad):
+        monkeypatch.setattr(module, "index_dtype", lambda *numbers: tl.int64)
     layer = LAYERS["stride 3 of dilation 6"]
     x, w = random_tensors(6, layer[1], (layer[2], 16, 3), dtype=torch.float64)
     grad = torch.randn_like(reference(layer, x, w))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import conv, depthwise
 from backstride.kernels.conv import Geometry, reference
-from backstride.kernels.conv.launch import Layout, layout_of
+from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.depthwise import config, launch
 from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import HealthCheck, assume, given, settings

@@ -15,7 +15,8 @@ pixels that the same taps reach, so that no padding is multiplied; the third alw
 the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
 """
 
-from .launch import Geometry, apply, apply_transposed, describe, weight_grad
+from .launch import apply, apply_transposed, describe, weight_grad
+from .plan import Geometry
 from .pyramid import apply_pyramid, describe_pyramid, same_geometry
 
 __all__ = [

@@ -10,10 +10,21 @@ from functools import lru_cache
 import torch
 
 from ..runtime import Device, device_guard, device_of
-from . import access, launch, zones
+from . import access, zones
 from .access import Layout, layout_of
 from .config import choose_config
-from .launch import ConvPlan, Geometry
+from .launch import apply
+from .plan import (
+    ConvPlan,
+    Geometry,
+    block_constants,
+    dtype_constants,
+    index_dtype,
+    layer_constants,
+    reach,
+    uses_tensor_cores,
+)
+from .plan_forward import zones_plan
 from .transpose import to_channels_last
 
 
@@ -50,7 +61,7 @@ def plan_pyramid(
     pixels = x.shape[0] * math.prod(size)
     widths = [weight[0] for weight in weights]
     access_x, access_y = access.read(x, False, in_channels, max(widths)), access.write(y, False)
-    tensor_cores = launch.uses_tensor_cores(dtype, tf32)
+    tensor_cores = uses_tensor_cores(dtype, tf32)
     config = choose_config(
         pixels,
         max(widths),
@@ -65,17 +76,15 @@ def plan_pyramid(
     )
     one = (1,) * len(size)
     sides = access_x, access_y
-    constants = launch.layer_constants(one, Geometry(one, one, one, 1), in_channels, math.gcd(*widths), *sides)
+    constants = layer_constants(one, Geometry(one, one, one, 1), in_channels, math.gcd(*widths), *sides)
     constants["EVEN"] = in_channels % config.block_k == 0
-    furthest = (
-        launch.reach(access_x, weight[2:], dilation) for weight, dilation in zip(weights, dilations, strict=True)
-    )
-    constants["INDEX"] = launch.index_dtype(pixels, *furthest)
-    constants |= launch.dtype_constants(dtype, tf32) | launch.block_constants(config)
+    furthest = (reach(access_x, weight[2:], dilation) for weight, dilation in zip(weights, dilations, strict=True))
+    constants["INDEX"] = index_dtype(pixels, *furthest)
+    constants |= dtype_constants(dtype, tf32) | block_constants(config)
     met = sum(zone.taps * zone.pixels for branch in branches for zone in branch.zones)
     share = met / math.prod(size) / sum(math.prod(weight[2:]) for weight in weights)
     note = f"{len(weights)} branches in one launch over validity zones: {share:.0%} of the taps meet pixels"
-    return launch.zones_plan(branches, y, 1, *sides, constants, False, (), note)
+    return zones_plan(branches, y, 1, *sides, constants, False, (), note)
 
 
 def describe_pyramid(
@@ -125,7 +134,7 @@ def apply_pyramid(
         parts = y.split([weight.shape[0] for weight in weights], dim=1)
         for weight, bias, part, dilation in itertools.zip_longest(weights, biases, parts, dilations):
             geometry = same_geometry(weight.shape[2:], dilation)
-            launch.apply(x, weight, bias, None, part, geometry, relu=relu, tf32=tf32)
+            apply(x, weight, bias, None, part, geometry, relu=relu, tf32=tf32)
         return
     if plan.copies[0]:
         x = to_channels_last(x)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .launch import Geometry
+from .plan import Geometry
 
 
 def _tap_slices(

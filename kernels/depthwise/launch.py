@@ -14,7 +14,8 @@ import triton.language as tl
 
 from ..conv.access import Layout, layout_of
 from ..conv.config import choose_splits
-from ..conv.launch import Geometry, index_dtype, launch_split
+from ..conv.launch import launch_split
+from ..conv.plan import Geometry, index_dtype
 from ..runtime import Device, Plan, device_guard, device_of, three
 from .apply import depthwise_apply_kernel
 from .config import GROUP_TERMS, GROUP_WEIGHTS, LARGEST_GROUP, DepthwiseConfig, choose_config, columns_of_a_lane

@@ -234,6 +234,19 @@ def test_runs_are_bitwise_equal(device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@kernels_run
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_are_the_same_bits_without_gradients(dtype, device):
+    """Without them the kernel is called past the dispatcher, on the parameters as they lie."""
+    torch.manual_seed(0)
+    ours = fused.RNN(4, 24).to(device, dtype)
+    x, h = random(5, 3, 4, dtype=dtype, device=device), random(1, 3, 24, dtype=dtype, device=device)
+    for arguments in ((x,), (x, h)):
+        with torch.no_grad():
+            alone = ours(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(alone, ours(*arguments), strict=True))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_one_step_and_empty_batch(bidirectional, device):
     ours = fused.RNN(3, 5, 2, bidirectional=bidirectional).to(device)

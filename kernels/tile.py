@@ -53,6 +53,18 @@ def quotient(pixel, factor, shift):
 
 
 @triton.jit
+def divisor(size):
+    """What `divide_by` takes to divide by a size: few tensors have pixels past 31 bits, so only those pay for it."""
+    return (size, size) if size.dtype == tl.int64 else reciprocal(size)
+
+
+@triton.jit
+def divide_by(pixel, by):
+    """pixel // size, for the `divisor` of a size of the pixels' type."""
+    return pixel // by[0] if pixel.dtype == tl.int64 else quotient(pixel, by[0], by[1])
+
+
+@triton.jit
 def element_offset(
     n, d, h, w, stride_n, stride_d, stride_h, stride_w, NDIM: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr = 1
 ):

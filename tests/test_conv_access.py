@@ -295,6 +295,25 @@ def test_residues_as_columns(name, dtype, device):
     assert wide.isnan().sum() == wide[:, :3].numel()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_tiles_are_stored_in_parts(transposed):
+    """Channels-first, of pixels that are aligned to nothing: every element is written, with its own residual."""
+    a, b = (16, 130) if transposed else (130, 16)
+    x, w, bias, residual = random_tensors(30, (1, 16, 11, 13), (a, b, 3, 3), (130,), (1, 130, 11, 13))
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    planner = launch.plan_apply_transposed if transposed else launch.plan_apply
+    y = torch.full_like(residual, math.nan)
+    constants = planner(layout_of(x), w.shape, layout_of(y), geometry, x.dtype, False, H200).constants
+    assert (constants["BLOCK_M"], constants["BLOCK_N"], constants["Y_VEC"]) == (128, 128, 1)
+    run, definition = (
+        (launch.apply_transposed, reference.apply_transposed) if transposed else (launch.apply, reference.apply)
+    )
+    run(x, w, bias, residual, y, geometry, relu=True)
+    expected = definition(x, w, (11, 13), geometry) + bias.view(-1, 1, 1) + residual
+    torch.testing.assert_close(y, expected.relu())
+
+
 SUMS = {  # x of X^T, output channels, kernel, stride, padding, dilation
     "1-D": ((2, 18, 9), 5, 3, 2, 1, 1, "conv_apply_transposed_kernel"),
     "1-D, several taps": ((1, 18, 20), 5, 6, 2, 1, 1, None),

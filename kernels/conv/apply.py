@@ -169,6 +169,7 @@ def conv_apply_kernel(
         mask_a,
         outer_and(mask_m, mask_a, Y_LAST),
         Y_LAST,
+        Y_VEC,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,

@@ -185,6 +185,7 @@ def conv_zones_kernel(
         mask_n,
         outer_and(mask_m, mask_n, Y_LAST),
         Y_LAST,
+        Y_VEC,
         HAS_BIAS,
         HAS_RESIDUAL,
         RELU,

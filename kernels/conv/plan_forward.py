@@ -243,9 +243,6 @@ def plan_apply_transposed(
         phases,
         access.is_channels_last(access_x, access_y),
     )
-    if across > 1 and cropped and config.block_m == 128:
-        # Whether it is stored is asked of each element, in registers: 128 by 128 spill.
-        config = replace(config, block_n=min(config.block_n, 64))
     constants["EVEN"] = a % config.block_k == 0
     constants["INDEX"] = index_dtype(rows * across, reach(access_x, kernel, geometry.dilation), math.prod(weight))
     constants |= dtype_constants(dtype, tf32) | block_constants(config)

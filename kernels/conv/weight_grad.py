@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tile import dot, inside, outer_row, outer_sum, quotient, reciprocal, rows_by_columns
+from ..tile import divide_by, divisor, dot, inside, outer_row, outer_sum, rows_by_columns
 from .tile import CHANNEL_STRIDES, RUNTIME
 from .walk import within
 
@@ -14,17 +14,6 @@ def _reached(offset, S: tl.constexpr, SIZE, OUT):
     low = (tl.maximum(-offset, 0) + S - 1) // S
     high = tl.minimum((tl.maximum(SIZE - offset, 0) + S - 1) // S, OUT)
     return low, tl.maximum(high - low, 0)
-
-
-@triton.jit
-def _divisor(size):
-    """What `_divide` takes to divide by a size: few tensors have pixels past 31 bits, so only those pay for it."""
-    return (size, size) if size.dtype == tl.int64 else reciprocal(size)
-
-
-@triton.jit
-def _divide(pixel, by):
-    return pixel // by[0] if pixel.dtype == tl.int64 else quotient(pixel, by[0], by[1])
 
 
 @triton.jit
@@ -196,9 +185,9 @@ def conv_weight_grad_kernel(
         offs_yc = tl.multiple_of(offs_yc, Y_VEC)
 
     # A tile's offsets are those of pixels side by side, and what lies between one row, plane or image and the next.
-    by_w = _divisor(OW.to(INDEX))
-    by_h = _divisor(OH.to(INDEX) * OW) if NDIM >= 2 else by_w
-    by_d = _divisor(OD.to(INDEX) * OH * OW) if NDIM == 3 else by_h
+    by_w = divisor(OW.to(INDEX))
+    by_h = divisor(OH.to(INDEX) * OW) if NDIM >= 2 else by_w
+    by_d = divisor(OD.to(INDEX) * OH * OW) if NDIM == 3 else by_h
     line_y = _line(y_w, BLOCK_K, Y_VEC, Y_RUN)
     line_x = _line(SW * x_w, BLOCK_K, X_VEC, X_RUN)
 
@@ -210,9 +199,9 @@ def conv_weight_grad_kernel(
     for _ in range(0, split_steps):
         pixel = first + tl.arange(0, BLOCK_K)
         mask_k = tl.max_constancy(tl.arange(0, BLOCK_K) < pixels - first, RUN)
-        rows = _divide(pixel, by_w)
-        planes = _divide(pixel, by_h) if NDIM >= 2 else rows
-        images = _divide(pixel, by_d) if NDIM == 3 else planes
+        rows = divide_by(pixel, by_w)
+        planes = divide_by(pixel, by_h) if NDIM >= 2 else rows
+        images = divide_by(pixel, by_d) if NDIM == 3 else planes
         gaps_y = _gaps(rows, planes, images, OD, OH, OW, stride_yn, y_d, y_h, y_w, NDIM, OFFSET, Y_VEC, Y_RUN)
         y_ptrs = outer_sum(gaps_y + line_y, y_at, Y_LAST)
         y = tl.load(y_ptrs, mask=outer_row(mask_k, Y_LAST), other=0.0)

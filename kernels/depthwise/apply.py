@@ -24,6 +24,7 @@ from .tile import (
     positions,
     taps_until,
     terms,
+    unpack,
     whole,
 )
 
@@ -41,7 +42,7 @@ def _axis(q, phase, PAD, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, G: t
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNIT_STRIDES)
 def depthwise_apply_kernel(
     x_ptr,  # (N, C * GROUP_X, ID, IH, IW), or with TRANSPOSED (N, C * MULTIPLIER * GROUP_X, ID, IH, IW)
-    w_ptr,  # (C * MULTIPLIER, PAIRS, KD * KH * KW), or with CHANNELS_LAST (KD * KH * KW, C / COLS, PAIRS, COLS)
+    w_ptr,  # (C * MULTIPLIER, PAIRS, KD * KH * KW), or with CHANNELS_LAST (KD * KH * KW, C * MULTIPLIER, PAIRS)
     bias_ptr,  # (channels of y,)
     residual_ptr,  # as y
     y_ptr,  # (N, C * MULTIPLIER * GROUP_Y, OD, OH, OW), or with TRANSPOSED (N, C * GROUP_Y, OD, OH, OW)
@@ -201,8 +202,7 @@ def depthwise_apply_kernel(
         for _ in tl.static_range(V * U):
             acc = acc + (start,)
     REPEATS: tl.constexpr = MULTIPLIER if TRANSPOSED else 1
-    TO_TAP = 1 if not CHANNELS_LAST else WEIGHTS if PAIRS == 1 else tiles * PAIRS * COLS
-    TO_PAIR: tl.constexpr = COLS if CHANNELS_LAST else TAPS
+    TO_TAP = WEIGHTS * PAIRS if CHANNELS_LAST else 1
     for step in range(0, REPEATS * STEPS_D * STEPS_H * STEPS_W):
         jd = step // (STEPS_W * STEPS_H) % STEPS_D
         jh = step // STEPS_W % STEPS_H
@@ -220,12 +220,7 @@ def depthwise_apply_kernel(
             channel_x = channel // MULTIPLIER
         channel_w = channel_x if TRANSPOSED else channel
         tap = ((first_d + jd * TAP_D) * KH + first_h + jh * TAP_H) * KW + first_w + jw * TAP_W
-        if not CHANNELS_LAST:
-            offs_w = channel_w * (PAIRS * TAPS) + tap
-        elif PAIRS == 1:
-            offs_w = tap * WEIGHTS + channel_w
-        else:
-            offs_w = (tap * tiles + tile).to(tl.int64) * (PAIRS * COLS) + tl.arange(0, COLS)
+        offs_w = (tap * WEIGHTS + channel_w) * PAIRS if CHANNELS_LAST else channel_w * (PAIRS * TAPS) + tap
         offs_step = jd * MOVE_D * to_d + jh * MOVE_H * to_h + jw * MOVE_W * to_w
         offs_c = channel_x * GROUP_X * stride_xc
         x_ptrs = lane_pointers(
@@ -243,9 +238,14 @@ def depthwise_apply_kernel(
         weights = ()  # taps by pairs
         for i in tl.static_range(len(READ_H)):
             for r in tl.static_range(taps_until(AXIS_H, i) * TAP_COLUMNS, taps_until(AXIS_H, i + 1) * TAP_COLUMNS):
-                for pair in tl.static_range(PAIRS):
-                    w = tl.load(w_ptr + offs_w + r * TO_TAP + pair * TO_PAIR, mask=mask_w, other=0.0).to(ACC)
-                    weights = weights + (w[None, :] if CHANNELS_LAST else w[:, None],)
+                if CHANNELS_LAST and PAIRS > 1:
+                    w_ptrs = w_ptr + (offs_w[None, :, None] + tl.arange(0, PAIRS)[None, None, :]) + r * TO_TAP
+                    w = tl.load(w_ptrs, mask=mask_w[None, :, None], other=0.0)
+                    weights = weights + unpack(w, PAIRS)
+                else:
+                    for pair in tl.static_range(PAIRS):
+                        w = tl.load(w_ptr + offs_w + r * TO_TAP + pair * TAPS, mask=mask_w, other=0.0).to(ACC)
+                        weights = weights + (w[None, :] if CHANNELS_LAST else w[:, None],)
             mask_h = across(mask_plane & inside(first_row + READ_H[i] * MOVES_H, IH), mask_c, CHANNELS_LAST)
             row_ptrs = x_ptrs + READ_H[i] * MOVES_H * to_h
             for k in tl.static_range(len(CHUNKS)):

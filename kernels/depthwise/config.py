@@ -223,7 +223,7 @@ def choose_config(
         fitting = [
             c for c in counted if c[1][0] <= REGISTERS and c[1][1] <= UNROLLED and c[1][1] <= OPERATIONS * c[0].held
         ]
-        lane = min(fitting or counted[:1], key=lambda c: (c[1][2], c[1][0]))[0]
+        lane = min(fitting or counted[:1], key=lambda c: (round(c[1][2], 3), -c[0].u, c[1][0]))[0]
     lanes = INTERPRETED_LANES if INTERPRETED else LANES
     if channels_last:
         line = LINE // itemsize // group[0]

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -235,15 +234,11 @@ def plan_weight_grad(
 
 def _pack_weight(weight: torch.Tensor, group: int, constants: dict[str, Any]) -> torch.Tensor:
     """The weight as the kernel reads it: what neighbouring lanes read, taps of a channel or channels of a tap, lies
-    side by side, and a program's channels in one piece, so that all else is at a fixed distance."""
+    side by side, the latter in the type of the sums."""
     weight = weight.unflatten(0, (-1, group)).flatten(3)
     if not constants["CHANNELS_LAST"]:
         return weight.contiguous()
     weight = weight.permute(3, 0, 1, 2).flatten(2)  # taps, channels, pairs
-    if weight.shape[2] > 1:
-        if missing := -weight.shape[1] % constants["COLS"]:
-            weight = F.pad(weight, (0, 0, 0, missing))
-        weight = weight.unflatten(1, (-1, constants["COLS"])).transpose(2, 3)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(weight)
 

@@ -27,7 +27,7 @@ HALVES = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 class LaneAxis(NamedTuple):
     """A lane's outputs along one axis: j reads position i through tap (i + pad - stride j) / dilation, or if transposed
-    (j + pad - stride i) / dilation, where that is one."""
+    (j + pad - stride i) / dilation, where that is one. Triton 3.6 makes a plain tuple of it on the way."""
 
     outputs: int
     pad: int
@@ -48,6 +48,7 @@ def lane_axis(outputs, pad, taps, stride, dilation, spacing, transposed):
 @triton.constexpr_function
 def joined(axis, position):
     """All (output, tap) that read a position."""
+    axis = LaneAxis(*axis)
     found = []
     for j in range(axis.outputs):
         ahead = j + axis.pad - axis.stride * position if axis.transposed else position + axis.pad - axis.stride * j
@@ -59,6 +60,7 @@ def joined(axis, position):
 @triton.constexpr_function
 def positions(axis):
     """What any output of a lane reads, in the order in which the taps come up: a large dilation leaves gaps."""
+    axis = LaneAxis(*axis)
     reach = axis.dilation * (axis.taps - 1)
     if axis.transposed:
         every = range((axis.outputs - 1 + axis.pad) // axis.stride, (axis.pad - reach) // axis.stride - 1, -1)
@@ -83,6 +85,7 @@ def taps_until(axis, index):
 def terms(rows, columns, row, chunk, CHUNK, READ, MADE):
     """All (element, output, weight) of a lane that meet in one chunk of what it reads: elements counted by channels of
     a group and columns, outputs by channels, rows and columns, weights by taps and pairs of channels (A, B)."""
+    rows, columns = LaneAxis(*rows), LaneAxis(*columns)
     outputs, made_first = rows.outputs * columns.outputs, rows.transposed
     return tuple(
         (

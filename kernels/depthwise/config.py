@@ -16,7 +16,7 @@ from .tile import LaneAxis, chunks, lane_axis, positions
 WARPS = 4
 LANES = 32 * WARPS
 INTERPRETED_LANES = 1024  # the interpreter's time goes by programs, not by their size
-LANES_ACROSS = (2, 8, 32, 128)
+LANES_ACROSS = (2, 4, 8, 32, 128)
 LINE = 128  # bytes
 REGISTERS = 128  # of a thread's 255, for accumulators, weights and columns
 UNROLLED = 2048  # multiply-adds of a thread in straight code, for the instruction cache
@@ -26,6 +26,7 @@ OPERATIONS = (
 LOAD = 5  # instructions: address, mask, zeros beside it
 STORE = 4
 LOOP = 24  # of a step
+MOST_ROWS = 4  # of a lane, or strides of X^T: more share little more, and leave fewer programs
 WIDEST_WINDOW = 32  # output columns of a lane
 WINDOW_PRODUCTS = 256  # multiply-adds of a lane along W, for each pair of channels
 GROUP_PRODUCTS = 512  # the same for all pairs
@@ -147,9 +148,9 @@ def _candidates(
         for h in held:
             yield Lane(weight_grad, 1, u, 0, spacing_w, h, 1)
             for spacing_h in height.spacings:
-                for v in height.outputs(
-                    height.step * _floor_power(-(-height.size // (height.step * max(spacing_h, 1))))
-                ):
+                lanes = -(-height.size // (height.step * max(spacing_h, 1)))
+                most_v = height.step * min(MOST_ROWS, _floor_power(lanes))
+                for v in height.outputs(most_v):
                     parts = range(1, height.taps + 1) if weight_grad else (1,)
                     for tap_rows in {-(-height.taps // part) for part in parts}:
                         yield Lane(True, v, u, spacing_h, spacing_w, h, tap_rows)

@@ -128,8 +128,8 @@ def depthwise_weight_grad_kernel(
         acc = acc + (tl.zeros((ROWS, COLS), dtype=ACC),)
     tiles_w = QW if CHANNELS_LAST else tl.cdiv(QW, COLS)
     by_w = divisor(tiles_w)
-    by_h = divisor(QH)
-    by_d = divisor(tl.cast(OD, INDEX))
+    by_h = divisor(QH) if NDIM >= 2 else by_w
+    by_d = divisor(tl.cast(OD, INDEX)) if NDIM == 3 else by_h
     x_d = whole(stride_xd, X_VEC)
     x_h = whole(stride_xh, X_VEC)
     x_w = whole(stride_xw, X_VEC if CHANNELS_LAST else 1)

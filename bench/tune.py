@@ -59,8 +59,8 @@ def _pool(shipped: PoolConfig) -> list[PoolConfig]:
     ]
 
 
-def _depthwise(shipped: DepthwiseConfig, stride_h: int, stride: int) -> list[DepthwiseConfig]:
-    """Other lanes, and rows and columns of a lane, of X^T multiples of the stride; and each other choice alone."""
+def _depthwise(shipped: DepthwiseConfig, stride: int) -> list[DepthwiseConfig]:
+    """Other lanes and columns of a lane, which for X^T stay a multiple of the stride; and each other choice alone."""
     lanes = shipped.rows * shipped.cols
     tiles = [
         replace(shipped, u=u, rows=total // cols, cols=cols, num_warps=num_warps)
@@ -70,9 +70,7 @@ def _depthwise(shipped: DepthwiseConfig, stride_h: int, stride: int) -> list[Dep
         for num_warps in (2, 4, 8)
         if total >= cols
     ]
-    looped = {"window_h": False, "v": 1, "spacing_h": 0, "tap_rows": 1}
-    alone = [{"tap_rows": 1}, looped, looped | {"window": False, "u": 1, "spacing_w": 0}]
-    alone += [{"v": v} for v in (shipped.v // 2, 2 * shipped.v) if shipped.window_h and v % stride_h == 0 and v > 0]
+    alone = [{"unroll": 1}, {"tap_rows": 1}, {"window": False, "u": 1, "tap_rows": 1, "unroll": 1}]
     every = dict.fromkeys([*(replace(shipped, **options) for options in alone), *tiles])
     return [config for config in every if config != shipped]
 
@@ -114,7 +112,7 @@ def candidates(case: Case, asked: Sequence[Asked], tiny: bool) -> list[Any]:
         either = [Zones(True), Zones(False)] if case.direction != "weight gradient" else []
         return either + (TINY_CONV if tiny else CONV)
     if isinstance(first.config, DepthwiseConfig):
-        every = _depthwise(first.config, first.arguments["height"].step, first.arguments["width"].step)
+        every = _depthwise(first.config, first.arguments["stride"])
         return every[:3] + every[3::16] if tiny else every
     if isinstance(first.config, PoolConfig):
         every = _pool(first.config)

@@ -200,16 +200,18 @@ def plan_apply_transposed(
         return replace(plan_apply(x, sides, y, mirror(kernel, geometry), dtype, tf32, device), mirrored=True)
     tensor_cores = uses_tensor_cores(dtype, tf32)
     positions = _positions(kernel, geometry, x, y)
-    scatter = positions is not None
-    access_x = access.read(x, positions == x.shape[2:], a, b)
+    scatter, one_tap = positions is not None, tuple(kernel) == geometry.stride
+    access_x = access.read(x, scatter and one_tap, a, b)
     access_y = access.write(y, math.prod(geometry.stride) == 1)
     across, cropped = 1, False
     residues, axes = (), channels_innermost(weight)
     if scatter:
         cropped = any(size != q * s for size, q, s in zip(y.shape[2:], positions, geometry.stride, strict=True))
         if geometry.stride[-1] in ACROSS and not access_y.last:
-            across, access_y = geometry.stride[-1], access_y if cropped else access.write_rows(y)
-        if geometry.stride != tuple(kernel):
+            # Padding shifts the positions along a row: what starts at one then is aligned to nothing.
+            whole = not (cropped or geometry.padding[-1])
+            across, access_y = geometry.stride[-1], access.write_rows(y) if whole else access_y
+        if not one_tap:
             residues, end = geometry.stride, 2 + 2 * len(kernel)
             axes = (0, *range(2, end, 2), 1, *range(3, end, 2))
         elif across > 1:

@@ -14,7 +14,7 @@ from triton.runtime import interpreter  # noqa: E402
 def patch_once_a_launch() -> None:
     """Have Triton prepare its language for a function that a kernel calls when that is called first in a launch.
 
-    It does so in every call, to the same effect, and a fourth to a half of all interpretation is spent on that.
+    It does so in every call, to the same effect, and about a fourth of all interpretation is spent on that.
     """
     prepared: set[int] = set()
     launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang

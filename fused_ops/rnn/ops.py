@@ -44,8 +44,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _biased(x: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    return x if b_ih is None or b_hh is None else x + (b_ih + b_hh)
+def _biased(x: Tensor, *biases: Tensor | None) -> Tensor:
+    for bias in biases:
+        x = x if bias is None else x + bias
+    return x
 
 
 def _wide(tensor: T) -> T:
@@ -180,9 +182,7 @@ class _Scan(Function):
         dx, db_ih, db_hh, dgate, dfirst, dmatrix, *_ = tangents
         derivative, slope = _derivative(effect, gate, y, factor)
         previous = previous_rows(y, offsets, batch, backward)
-        inner = torch.zeros_like(y) if dx is None else dx
-        for each in (db_ih, db_hh):
-            inner = inner if each is None else inner + each
+        inner = _biased(torch.zeros_like(y) if dx is None else dx, db_ih, db_hh)
         if dmatrix is not None:
             inner = inner + _products(previous, dmatrix)
         outer = None

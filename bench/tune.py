@@ -24,7 +24,7 @@ from ..kernels.pool import launch as pool_launch
 from ..kernels.pool.config import PoolConfig
 from ..kernels.rnn import launch as rnn_launch
 from ..kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig
-from .case import FORMATS, Case, GateError, Measure, Output, Variant, epsilon, error_of, in_layout
+from .case import Case, GateError, Measure, Output, Variant, epsilon, error_of, in_layout
 from .report import commit, name_of
 
 SHIPPED = "as shipped"
@@ -59,8 +59,8 @@ def _pool(shipped: PoolConfig) -> list[PoolConfig]:
     ]
 
 
-def _depthwise(shipped: DepthwiseConfig, stride: int) -> list[DepthwiseConfig]:
-    """Other lanes and columns of a lane, which for X^T stay a multiple of the stride; and each other choice alone."""
+def _depthwise(shipped: DepthwiseConfig, stride_h: int, stride: int) -> list[DepthwiseConfig]:
+    """Other lanes, and rows and columns of a lane, of X^T multiples of the stride; and each other choice alone."""
     lanes = shipped.rows * shipped.cols
     tiles = [
         replace(shipped, u=u, rows=total // cols, cols=cols, num_warps=num_warps)
@@ -70,7 +70,9 @@ def _depthwise(shipped: DepthwiseConfig, stride: int) -> list[DepthwiseConfig]:
         for num_warps in (2, 4, 8)
         if total >= cols
     ]
-    alone = [{"unroll": 1}, {"tap_rows": 1}, {"window": False, "u": 1, "tap_rows": 1, "unroll": 1}]
+    looped = {"window_h": False, "v": 1, "spacing_h": 0, "tap_rows": 1}
+    alone = [{"tap_rows": 1}, looped, looped | {"window": False, "u": 1, "spacing_w": 0}]
+    alone += [{"v": v} for v in (shipped.v // 2, 2 * shipped.v) if shipped.window_h and v % stride_h == 0 and v > 0]
     every = dict.fromkeys([*(replace(shipped, **options) for options in alone), *tiles])
     return [config for config in every if config != shipped]
 
@@ -112,7 +114,7 @@ def candidates(case: Case, asked: Sequence[Asked], tiny: bool) -> list[Any]:
         either = [Zones(True), Zones(False)] if case.direction != "weight gradient" else []
         return either + (TINY_CONV if tiny else CONV)
     if isinstance(first.config, DepthwiseConfig):
-        every = _depthwise(first.config, first.arguments["stride"])
+        every = _depthwise(first.config, first.arguments["height"].step, first.arguments["width"].step)
         return every[:3] + every[3::16] if tiny else every
     if isinstance(first.config, PoolConfig):
         every = _pool(first.config)
@@ -264,11 +266,6 @@ def _try(case: Case, inputs: list[Tensor], oracle: Output, limit: float, config:
 
 def _names(case: Case) -> tuple[str, str, str, str, str]:
     return case.op, case.name, case.shape, name_of(case.dtype), case.direction
-
-
-def layouts(case: Case) -> list[str]:
-    known = all(len(shape) in FORMATS or len(shape) == 1 for shape in case.shapes)
-    return ["contiguous", "channels_last"] if known else ["contiguous"]
 
 
 def table(rows: list[Row]) -> Table:

@@ -74,5 +74,8 @@ def cases(target: Target) -> Iterator[Case]:
         for layout in LAYOUTS:
             for name, plan in plans(dtype, layout == "channels_last", Device(132, target.shared_memory)):
                 signature, unit = launch_signature(plan, POINTER[dtype], UNIT_STRIDES)
+                if plan.kernel is launch.depthwise_apply_kernel and plan.constants["CHANNELS_LAST"]:
+                    signature["w_ptr"] = POINTER["fp32"]  # as it is packed
                 epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
-                yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}, {layout}", dtype)
+                constants = plan.constants | epilogue | unit | {"ASSEMBLY": target.backend == "cuda"}
+                yield Case(plan.kernel, signature, constants, f"{name}, {layout}", dtype)

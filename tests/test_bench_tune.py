@@ -74,6 +74,7 @@ def test_candidates_for_the_transpose_keep_whole_strides():
     every = candidates(case, asked_by(case), tiny=False)
     assert len(every) == len(set(every)) > 50
     assert {config.u % UP.stride for config in every if config.window} == {0}
+    assert {config.v % UP.stride for config in every if config.window_h} == {0}
 
 
 def test_a_candidate_that_is_wrong_is_found(monkeypatch):
@@ -88,7 +89,7 @@ def test_a_candidate_that_is_wrong_is_found(monkeypatch):
 CASES = [
     (bench_conv.case(ATROUS, "forward", torch.float32), ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
     (bench_pyramid.cases(True, True)[0], ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
-    (bench_conv.case(UP, "forward", torch.float32), DepthwiseConfig(True, 4, 2, 8, 1, 1, 4, 1), "COLS", 8),
+    (bench_conv.case(UP, "forward", torch.float32), DepthwiseConfig(True, True, 2, 4, 0, 0, 2, 8, 1, 4, 1), "COLS", 8),
     (bench_pool.cases(True, True)[0], PoolConfig(128, 1, 1), "LANES", 128),
 ]
 

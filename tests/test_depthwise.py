@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import backstride.fused_ops as fused
@@ -161,6 +162,61 @@ def test_random_layers(layer, channels_last):
     needs_kernels(x)
     x, y, w = list(both_layouts(x, y, w))[-1 if channels_last else 0]
     check_kernels(x, y, w, geometry)
+
+
+# Rows of output that are no multiple of a lane's: side by side, and a dilation apart; of X^T a multiple of the stride.
+LEFT_OVER = {
+    "dilation 2": (((1, 2, 9, 8), (1, 1), (3, 3), (1, 1), (2, 2), (2, 2)), (2, 4)),
+    "dilation 3, stride 2": (((1, 2, 13, 16), (1, 1), (3, 3), (2, 2), (3, 0), (3, 3)), (2,)),
+    "kernel 4, stride 2": (((1, 2, 11, 12), (1, 1), (4, 4), (2, 2), (1, 1), (1, 1)), (2, 4)),
+    "groups of 2": (((1, 4, 7, 5), (2, 2), (3, 3), (1, 1), (2, 2), (2, 2)), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", list(LEFT_OVER))
+def test_rows_left_over(name, monkeypatch, device):
+    """Lanes of several rows, whatever would be chosen."""
+    layer, rows = LEFT_OVER[name]
+    x, y, w, geometry = layer_tensors(layer, 15, torch.float64 if device == "cpu" else torch.float32, device)
+    needs_kernels(x)
+    for plan in (launch.plan_apply, launch.plan_weight_grad):
+        monkeypatch.setattr(launch, plan.__name__, plan.__wrapped__)
+    tensors = list(both_layouts(x, y, w))
+    for v in rows:
+        spaced = []
+
+        def several_rows(channels, height, *rest, v=v, spaced=spaced, **options):
+            chosen = config.choose_config(channels, height, *rest, **options)
+            spaced.append(height.spacings[-1])
+            assert height.size % (v * max(spaced[-1], 1)), "no rows are left over"
+            return replace(chosen, window_h=True, v=v, spacing_h=spaced[-1])
+
+        monkeypatch.setattr(launch, "choose_config", several_rows)
+        for tensor in tensors:
+            check_kernels(*tensor, geometry)
+        assert max(geometry.dilation) == 1 or max(spaced) > 1
+
+
+def test_lanes_of_real_layers_have_several_rows():
+    """Where rows of taps share what they read; dilated, in channels_last, the outputs that do lie a dilation apart.
+
+    Of 7x7 taps the products of several rows would keep the compiler busy for half a minute.
+    """
+
+    def chosen(channels, size, kernel, dilation, channels_last):
+        x = torch.empty(8, channels, size, size, device="meta", dtype=torch.bfloat16)
+        x = layout_of(x.to(memory_format=torch.channels_last) if channels_last else x)
+        geometry = Geometry((1, 1), (dilation * (kernel // 2),) * 2, (dilation,) * 2, channels)
+        plans = (
+            launch.plan_apply(x, (channels, 1, kernel, kernel), x, geometry, torch.bfloat16, False),
+            launch.plan_apply(x, (channels, 1, kernel, kernel), x, geometry, torch.bfloat16, True),
+            launch.plan_weight_grad(x, (channels, 1, kernel, kernel), False, x, geometry, torch.bfloat16, H200),
+        )
+        return [[plan.constants[name] for name in ("V", "U", "SPACING_H", "SPACING_W")] for plan in plans]
+
+    assert chosen(728, 64, 3, 2, True) == [[4, 4, 2, 2]] * 3
+    assert chosen(728, 64, 3, 2, False) == [[4, 8, 2, 0]] * 3
+    assert chosen(192, 56, 7, 1, True) == [[1, 4, 0, 0]] * 2 + [[2, 4, 0, 0]]
 
 
 def test_epilogues(device):
@@ -428,12 +484,13 @@ from tests import cross_compile, cross_compile_depthwise
 for case in cross_compile_depthwise.cases(cross_compile.TARGETS["sm_90"]):
     if case.name.startswith("Xception"):
         ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]
-        print(ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b32"), ptx.count("st.global.v4.b32"))
+        print(*(ptx.count(f"{access}.global.v4.b32") + ptx.count(f"{access}.global.v2.b32") for access in ("ld", "st")))
 """
     counts = [tuple(map(int, line.split())) for line in printed_by(code)]
-    # Forward and weight gradient, of channels_last and then of NCHW: columns, weights, bias and residual; two
-    # tensors; three rows of three chunks, and the residual; the same with the gradient. Sums are written singly.
-    assert counts == [(16, 4), (28, 0), (10, 1), (10, 0)]
+    # Forward and weight gradient. In channels_last, of 4 rows and 4 columns: six rows of six columns, nine weights, the
+    # bias and the residual; both tensors. In NCHW: six rows of three chunks, and the residual or gradient.
+    # Sums are written singly.
+    assert counts == [(36 + 9 + 1 + 16, 16), (36 + 16, 0), (18 + 4, 4), (18 + 4, 0)]
 
 
 def test_autocast(device):

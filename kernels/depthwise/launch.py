@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -16,10 +15,13 @@ from ..conv.access import Layout, layout_of
 from ..conv.config import choose_splits
 from ..conv.launch import launch_split
 from ..conv.plan import Geometry, index_dtype
-from ..runtime import Device, Plan, device_guard, device_of, three
+from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of, three
 from .apply import depthwise_apply_kernel
-from .config import GROUP_TERMS, GROUP_WEIGHTS, LARGEST_GROUP, DepthwiseConfig, choose_config, columns_of_a_lane
+from .config import GROUP_TERMS, GROUP_WEIGHTS, LARGEST_GROUP, Axis, DepthwiseConfig, choose_config, columns_of_a_lane
 from .weight_grad import depthwise_weight_grad_kernel
+
+# Compiled for NVIDIA: elsewhere, and interpreted, there is none of its assembly.
+ASSEMBLY = not INTERPRETED and torch.version.hip is None
 
 
 def takes(weight: Sequence[int], groups: int) -> bool:
@@ -78,6 +80,7 @@ def _constants(
     for letter, values in zip("KSD", (kernel, geometry.stride, geometry.dilation), strict=True):
         constants |= {letter + axis: value for axis, value in zip("DHW", three(values, 1), strict=True)}
     return constants | {
+        "PAD_H": three(geometry.padding, 0)[1],
         "PAD_W": geometry.padding[-1],
         "NDIM": len(kernel),
         "MULTIPLIER": multiplier,
@@ -85,17 +88,37 @@ def _constants(
         "GROUP_Y": group[1],
         "CHANNELS_LAST": channels_last,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ASSEMBLY": ASSEMBLY,
     }
 
 
 def _sizes(x: Layout, y: Layout, geometry: Geometry, units: int, strides: tuple[int, ...]) -> tuple[int, ...]:
-    pad_d, pad_h, _ = three(geometry.padding, 0)
-    return (x.shape[0], *three(x.shape[2:], 1), *three(y.shape[2:], 1), units, *strides, pad_d, pad_h)
+    pad_d = three(geometry.padding, 0)[0]
+    return (x.shape[0], *three(x.shape[2:], 1), *three(y.shape[2:], 1), units, *strides, pad_d)
+
+
+def _axes(kernel: tuple[int, ...], y: Layout, geometry: Geometry, transposed: bool) -> list[Axis]:
+    """D, H and W of what a launch makes (or sums over), with its taps."""
+    of_kernel = [three(values, 1) for values in (y.shape[2:], kernel, geometry.stride, geometry.dilation)]
+    padding = three(geometry.padding, 0)
+    return [
+        Axis(size, taps, pad, stride, dilation, transposed)
+        for size, taps, stride, dilation, pad in zip(*of_kernel, padding, strict=True)
+    ]
+
+
+def _lanes(axis: Axis, outputs: int, spacing: int) -> int:
+    """How many of so many outputs cover an axis."""
+    apart = max(spacing, 1)
+    return -(-axis.size // (outputs * apart)) * apart
 
 
 def _block_constants(config: DepthwiseConfig) -> dict[str, Any]:
     return {
         "WINDOW": config.window,
+        "SPACING_H": config.spacing_h,
+        "SPACING_W": config.spacing_w,
+        "V": config.v,
         "U": config.u,
         "ROWS": config.rows,
         "COLS": config.cols,
@@ -116,29 +139,17 @@ def plan_apply(
     """Launch of y = X x, or with `transposed` y = X^T x, for a weight of shape (groups A, B, *kernel)."""
     kernel, (*group, multiplier) = weight[2:], _groups(weight, geometry.groups)
     group_x, group_y = group[::-1] if transposed else group
-    channels, width = y.shape[1] // group_y, y.shape[-1]
+    channels, (depth, height, width) = y.shape[1] // group_y, _axes(kernel, y, geometry, transposed)
     sx, sy = _strides(x), _strides(y)
     channels_last = sy[1] == 1
     x_vector = _column_vector(sx, x.shape[-1], dtype.itemsize)
-    stride = geometry.stride[-1] if transposed else 1
-    u = columns_of_a_lane(channels_last, transposed, width, stride, x_vector, dtype.itemsize)
-    vector = min(_channel_vector(s, channels, dtype.itemsize) for s in (sx, sy))
-    repeats = multiplier if transposed else 1
-    config = choose_config(
-        channels,
-        width,
-        three(kernel, 1),
-        u,
-        stride,
-        repeats,
-        vector,
-        channels_last,
-        dtype.itemsize,
-        group=(group_x, group_y),
-    )
+    u = columns_of_a_lane(channels_last, transposed, width.size, width.stride, x_vector, dtype.itemsize)
+    vector = min(_channel_vector(s, channels, dtype.itemsize) for s in (sx, sy)) if channels_last else x_vector
+    config = choose_config(channels, height, width, u, vector, channels_last, dtype.itemsize, group=(group_x, group_y))
     u = config.u
-    step = u // stride if transposed else u * geometry.stride[-1]  # input columns from one lane to the next
+    step = u // width.stride if transposed else u * width.stride  # input columns from one lane to the next
     unit = _divisor(dtype.itemsize, channels)
+    chunk = 1 if channels_last or not config.window else math.gcd(step, x_vector)
     constants = _constants(kernel, geometry, channels_last, multiplier, (group_x, group_y), dtype)
     constants |= _block_constants(config)
     for axis in "DHW":
@@ -146,20 +157,18 @@ def plan_apply(
     join = config.window and not channels_last and u > 1 and u & (u - 1) == 0
     constants |= {
         "TRANSPOSED": transposed,
+        "WINDOW_H": config.window_h,
         "UNIT": unit,
-        "X_VEC": _channel_vector(sx, 16, dtype.itemsize),
-        "Y_VEC": _column_vector(sy, width, dtype.itemsize) if join else _channel_vector(sy, 16, dtype.itemsize),
-        "X_CHUNK": 1 if channels_last or not config.window else math.gcd(step, x_vector),
+        "X_VEC": _channel_vector(sx, 16, dtype.itemsize) if channels_last else chunk,
+        "Y_VEC": _column_vector(sy, width.size, dtype.itemsize) if join else _channel_vector(sy, 16, dtype.itemsize),
+        "X_CHUNK": chunk,
         "JOIN": join,
-        "UNROLL": config.unroll,
     }
-    per_axis = three(geometry.stride, 1)
-    down = per_axis if transposed else (1, 1, 1)
-    positions = [-(-size // s) for size, s in zip(three(y.shape[2:], 1), down, strict=True)]
-    across = -(-width // (u if config.window else down[2]))
-    phases = math.prod(down[:2]) * (1 if config.window else down[2])
-    rows = x.shape[0] * positions[0] * positions[1] * (across if channels_last else channels)
-    constants["INDEX"] = index_dtype(rows * u)
+    down = _lanes(height, config.v if config.window_h else height.step, config.spacing_h)
+    across = _lanes(width, u if config.window else width.step, config.spacing_w)
+    phases = depth.step * (1 if config.window_h else height.step) * (1 if config.window else width.step)
+    rows = x.shape[0] * _lanes(depth, depth.step, 0) * down * (across if channels_last else channels)
+    constants["INDEX"] = index_dtype(rows * u * config.v)
     tiles = triton.cdiv(channels if channels_last else across, config.cols)
     grid = (triton.cdiv(rows, config.rows) * phases * tiles,)
     return Plan(depthwise_apply_kernel, grid, _sizes(x, y, geometry, channels // unit, (*sx, *sy)), constants)
@@ -177,46 +186,46 @@ def plan_weight_grad(
 ) -> Plan:
     """Launch of the weight gradient; the grid's second axis counts the partial results."""
     kernel, (group_x, group_y, multiplier) = weight[2:], _groups(weight, geometry.groups)
-    channels, width = y.shape[1] // group_y, y.shape[-1]
+    channels, (depth, height, width) = y.shape[1] // group_y, _axes(kernel, y, geometry, False)
     sx, sy = _strides(x), _strides(y)
     channels_last = sx[1] == 1 and sy[1] == 1
     x_vector = _column_vector(sx, x.shape[-1], dtype.itemsize)
-    u = columns_of_a_lane(channels_last, False, width, 1, x_vector, dtype.itemsize)
-    vector = min(_channel_vector(s, channels, dtype.itemsize) for s in (sx, sy))
+    u = columns_of_a_lane(channels_last, False, width.size, 1, x_vector, dtype.itemsize)
+    vector = min(_channel_vector(s, channels, dtype.itemsize) for s in (sx, sy)) if channels_last else x_vector
     config = choose_config(
         channels,
+        height,
         width,
-        three(kernel, 1),
         u,
-        1,
-        1,
         vector,
         channels_last,
         dtype.itemsize,
         weight_grad=True,
         group=(group_x, group_y),
     )
-    across = -(-width // config.u)
-    lines = y.shape[0] * math.prod(y.shape[2:-1])
     unit = _divisor(dtype.itemsize, channels)
     wide = config.window and not channels_last
+    x_chunk = math.gcd(config.u * width.stride, x_vector) if wide else 1
+    y_chunk = math.gcd(config.u, _column_vector(sy, width.size, dtype.itemsize)) if wide else 1
     constants = _constants(kernel, geometry, channels_last, multiplier, (group_x, group_y), dtype)
     constants |= _block_constants(config) | {
         "W_CHANNELS_LAST": weight_channels_last,
         "UNIT": unit,
-        "X_VEC": _channel_vector(sx, 16, dtype.itemsize),
-        "Y_VEC": _channel_vector(sy, 16, dtype.itemsize),
-        "X_CHUNK": math.gcd(config.u * geometry.stride[-1], x_vector) if wide else 1,
-        "Y_CHUNK": math.gcd(config.u, _column_vector(sy, width, dtype.itemsize)) if wide else 1,
+        "X_VEC": _channel_vector(sx, 16, dtype.itemsize) if channels_last else x_chunk,
+        "Y_VEC": _channel_vector(sy, 16, dtype.itemsize) if channels_last else y_chunk,
+        "X_CHUNK": x_chunk,
+        "Y_CHUNK": y_chunk,
         "TAP_ROWS": config.tap_rows,
-        "INDEX": index_dtype(lines * across * config.u),
     }
-    tap_groups = triton.cdiv(math.prod(kernel[:-1]), config.tap_rows) if config.window else math.prod(kernel)
+    lines = y.shape[0] * depth.size * _lanes(height, config.v, config.spacing_h)
+    across = _lanes(width, config.u, config.spacing_w)
+    constants["INDEX"] = index_dtype(lines * across * config.u * config.v)
+    parts = depth.taps * triton.cdiv(height.taps, config.tap_rows) * (1 if config.window else width.taps)
     if channels_last:
-        tiles = triton.cdiv(channels, config.cols) * tap_groups
+        tiles = triton.cdiv(channels, config.cols) * parts
         steps = triton.cdiv(lines * across, config.rows)
     else:
-        tiles = channels * tap_groups
+        tiles = channels * parts
         steps = triton.cdiv(lines, config.rows) * triton.cdiv(across, config.cols)
     split_steps = triton.cdiv(steps, choose_splits(tiles, steps, math.prod(weight), device))
     sizes = (*_sizes(x, y, geometry, channels // unit, (*sx, *sy)), split_steps)
@@ -225,16 +234,13 @@ def plan_weight_grad(
 
 def _pack_weight(weight: torch.Tensor, group: int, constants: dict[str, Any]) -> torch.Tensor:
     """The weight as the kernel reads it: what neighbouring lanes read, taps of a channel or channels of a tap, lies
-    side by side, and a program's channels in one piece, so that all else is at a fixed distance."""
+    side by side, the latter in the type of the sums."""
     weight = weight.unflatten(0, (-1, group)).flatten(3)
     if not constants["CHANNELS_LAST"]:
         return weight.contiguous()
     weight = weight.permute(3, 0, 1, 2).flatten(2)  # taps, channels, pairs
-    if weight.shape[2] > 1:
-        if missing := -weight.shape[1] % constants["COLS"]:
-            weight = F.pad(weight, (0, 0, 0, missing))
-        weight = weight.unflatten(1, (-1, constants["COLS"])).transpose(2, 3)
-    return weight.contiguous()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(weight)
 
 
 def _launch_forward(

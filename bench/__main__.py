@@ -141,6 +141,25 @@ def probe(
     run.probing_run(known if name is None else [name], out or report.RESULTS)
 
 
+@app.command("compile")
+def compile_(
+    op: Op = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Some of the shapes, bf16.")] = False,
+    out: Out = None,
+) -> None:
+    """Compile every kernel that the cases launch, for an H200 that need not be there: registers, spills, main loops.
+
+    Whole networks are left out. Exit status 1 if a case does not compile.
+    """
+    os.environ["TRITON_INTERPRET"] = "0"
+    from . import binaries
+
+    selected = [case for case in binaries.cases(quick) if op in (None, case.op)]
+    if not selected:
+        raise typer.BadParameter(f"no cases for {op!r}")
+    raise typer.Exit(0 if binaries.compiling_run(selected, quick, out) else 1)
+
+
 @app.command()
 def host(rounds: Annotated[int, typer.Option(help="How often 200 calls are timed.")] = 25, out: Out = None) -> None:
     """Measure the host's time per call of each op, with the launch stubbed out; needs no GPU."""

@@ -116,6 +116,12 @@ def epsilon(dtype: torch.dtype, device: str) -> float:
     return torch.finfo(dtype).eps
 
 
+def layouts(case: Case) -> list[str]:
+    """Memory layouts of its arguments: channels_last too where they have pixels."""
+    known = all(len(shape) in FORMATS or len(shape) == 1 for shape in case.shapes)
+    return ["contiguous", "channels_last"] if known else ["contiguous"]
+
+
 def in_layout(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous(memory_format=FORMATS[tensor.dim()]) if layout == "channels_last" else tensor
 
@@ -124,10 +130,7 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
     """Every way to compute the case, each with its inputs bound."""
     contiguous = case.inputs(device)
     calls: dict[Variant, Callable[[], Output]] = {}
-    layouts = ["contiguous"]
-    if all(t.dim() in FORMATS or t.dim() == 1 for t in contiguous):
-        layouts.append("channels_last")
-    for layout in layouts:
+    for layout in layouts(case):
         inputs = [t if t.dim() == 1 else in_layout(t, layout) for t in contiguous]
         calls[Variant(OURS, layout)] = partial(case.ours, *inputs)
         calls[Variant("torch", layout)] = partial(case.theirs, *inputs)

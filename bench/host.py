@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ from triton.runtime import driver
 
 from .. import fused_ops
 from ..fused_ops import dispatch
+from ..fused_ops.conv import ops as conv_ops
 from ..fused_ops.pool import ops as pool_ops
+from ..fused_ops.rnn import ops as rnn_ops
 from ..kernels.runtime import H200, INTERPRETED
 from .report import commit
 from .timing import quantiles
@@ -70,14 +73,14 @@ def stubbed_launch() -> Iterator[None]:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET")
     driver.set_active(_Driver())  # pyright: ignore[reportArgumentType]
-    dispatch.INTERPRETED = True  # CPU tensors go to the kernels
-    checked, pool_ops._checked = pool_ops._checked, lambda index: False  # which on a GPU would have to be waited for
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, driver, "_active", None)
+        # CPU tensors go to the kernels, fp32 in TF32 as on a GPU; the answer to a check would have to be waited for.
+        stack.enter_context(mock.patch.object(dispatch, "INTERPRETED", True))
+        stack.enter_context(mock.patch.object(pool_ops, "_checked", lambda index: False))
+        for ops in (conv_ops, rnn_ops):
+            stack.enter_context(mock.patch.object(ops, "uses_tf32", lambda x, switch: x.dtype == torch.float32))
         yield
-    finally:
-        pool_ops._checked = checked
-        dispatch.INTERPRETED = False
-        driver._active = None
 
 
 def calls(device: str) -> dict[str, Pair]:

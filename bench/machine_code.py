@@ -1,11 +1,12 @@
-"""Loops in what the assembler made: how many instructions a step of a kernel takes beside its products."""
+"""What the assembler made: registers, spills, and the instructions of a kernel's main loop."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from typing import Any
+
+from triton import knobs
 
 # A label, or an instruction with the label that it names, as nvdisasm and as AMD's assembler write them.
 NVIDIA = re.compile(r"^(?P<label>\.L\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?P<instruction>[^;]*)", re.MULTILINE)
@@ -32,20 +33,25 @@ def longest_loop(code: str, syntax: re.Pattern[str]) -> list[str]:
     return instructions[start:end]
 
 
-def about_binary(compiled: Any, tool: str, option: str) -> str:
-    """What this of NVIDIA's tools prints about the binary of a kernel that Triton compiled."""
-    import triton
-
+def about_binary(cubin: bytes, tool: str, option: str) -> str:
+    """What this of NVIDIA's tools, which come with Triton, prints about a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [getattr(triton.knobs.nvidia, tool).path, option, file.name]
+        command = [getattr(knobs.nvidia, tool).path, option, file.name]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout + run.stderr
 
 
-def loop_length(compiled: Any) -> int:
-    """Instructions in the longest innermost loop of a kernel that Triton compiled."""
-    if "amdgcn" in compiled.asm:
-        return len(longest_loop(compiled.asm["amdgcn"], AMD))
-    return len(longest_loop(about_binary(compiled, "nvdisasm", "-c"), NVIDIA))
+def registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes spilled by it, as the assembler wrote them into the binary."""
+    report = about_binary(cubin, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", report)
+    if found is None:
+        raise ValueError(f"no resource usage in: {report}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def disassembled(cubin: bytes) -> str:
+    return about_binary(cubin, "nvdisasm", "-c")

@@ -36,15 +36,19 @@ MULTIPROCESSORS = {
 }
 
 
-def programs_per_multiprocessor(line: Mapping[str, str]) -> int:
-    """An estimate from a row of the cross-compilation table: the least of what registers, warps and shared memory
-    leave room for. Barriers, and how the SIMDs of a compute unit share the warps, are left out."""
-    unit = MULTIPROCESSORS[line["target"]]
-    warps = _warps(line)
-    a_warp = -(-max(int(line["registers"]), 1) * unit.warp_size // unit.register_unit) * unit.register_unit
+def programs_per_multiprocessor(target: str, registers: int, shared: int, warps: int) -> int:
+    """An estimate: the least of what registers, warps and shared memory leave room for. Barriers, and how the SIMDs of
+    a compute unit share the warps, are left out."""
+    unit = MULTIPROCESSORS[target]
+    a_warp = -(-max(registers, 1) * unit.warp_size // unit.register_unit) * unit.register_unit
     by_registers = unit.registers // a_warp // warps
-    by_shared = unit.shared // max(int(line["shared"]) + unit.reserved, 1)
+    by_shared = unit.shared // max(shared + unit.reserved, 1)
     return min(by_registers, unit.warps // warps, by_shared, unit.programs)
+
+
+def programs_of(line: Mapping[str, str]) -> int:
+    """The same for a row of the cross-compilation table."""
+    return programs_per_multiprocessor(line["target"], int(line["registers"]), int(line["shared"]), _warps(line))
 
 
 def _warps(line: Mapping[str, str]) -> int:

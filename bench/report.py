@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..models.training.checkpoint import atomic_path
 from .case import BASELINE, OURS, Case, Result, Variant
-from .occupancy import issue_share, programs_per_multiprocessor
+from .occupancy import issue_share, programs_of
 from .timing import Ceilings, Timing
 
 RESULTS = Path(__file__).parent / "results"
@@ -300,5 +300,5 @@ def compiled_table(path: Path) -> Table:
         line = heaviest[key]
         issue = issue_share(line)
         shown = "" if issue is None else f"{issue:.2f}"
-        table.add_row(*(line[column] for column in columns), shown, str(programs_per_multiprocessor(line)))
+        table.add_row(*(line[column] for column in columns), shown, str(programs_of(line)))
     return table

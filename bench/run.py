@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
 from .ahead import CASES_AT_ONCE, Ahead
-from .case import Case, run_case
+from .case import Case, layouts, run_case
 from .timing import GRAPH_BELOW, measure, measure_ceilings
 
 BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_rnn, bench_networks)
@@ -134,7 +134,7 @@ def tuning_run(cases: list[Case], minutes: float, path: Path | None) -> bool:
     started = time.monotonic()
     gpu = torch.cuda.is_available()
     rows: list[tune.Row] = []
-    for case, layout in [(each, layout) for each in cases for layout in tune.layouts(each)]:
+    for case, layout in [(each, layout) for each in cases for layout in layouts(each)]:
         if time.monotonic() - started > 60 * minutes:
             console.print("[yellow]Out of time: the remaining cases were not tried.[/]")
             break

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
-
-from .machine_code import about_binary, loop_length
+from backstride.bench.machine_code import AMD, NVIDIA, disassembled, longest_loop, registers_and_spills
 
 
 class Target(NamedTuple):
@@ -89,19 +88,21 @@ class Compiled:
     key: str  # of all that the compilation depends on
 
 
-def _resource_usage(compiled: Any, backend: str) -> tuple[int, int]:
-    """Registers of a thread and bytes spilled by it, as the assembler wrote them into the binary."""
+def _registers_and_spills(compiled: Any, backend: str) -> tuple[int, int]:
+    if backend != "hip":
+        return registers_and_spills(compiled.asm["cubin"])
+    text = compiled.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    assert registers and spills, "no register count in the AMD assembly"
+    return int(registers.group(1)), int(spills.group(1))
+
+
+def _loop_length(compiled: Any, backend: str) -> int:
+    """Instructions in the longest innermost loop."""
     if backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
-        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
-        assert registers and spills, "no register count in the AMD assembly"
-        return int(registers.group(1)), int(spills.group(1))
-    report = about_binary(compiled, "cuobjdump", "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", report)
-    assert found, f"no resource usage in: {report}"
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+        return len(longest_loop(compiled.asm["amdgcn"], AMD))
+    return len(longest_loop(disassembled(compiled.asm["cubin"]), NVIDIA))
 
 
 def _matrix_instruction(compiled: Any) -> str:
@@ -140,7 +141,8 @@ class Compilation:
     def run(self) -> Compiled:
         """Compile, and read the report."""
         case, compiled = self.case, self.compile()
-        registers, spills = _resource_usage(compiled, TARGETS[self.target].backend)
+        backend = TARGETS[self.target].backend
+        registers, spills = _registers_and_spills(compiled, backend)
         blocks = [str(case.constants[name]) for name in BLOCKS if name in case.constants]
         return Compiled(
             self.target,
@@ -152,7 +154,7 @@ class Compilation:
             spills,
             compiled.metadata.shared,
             _matrix_instruction(compiled),
-            loop_length(compiled),
+            _loop_length(compiled, backend),
             self.key,
         )
 

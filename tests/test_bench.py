@@ -18,7 +18,7 @@ from backstride.bench import bench_conv, bench_networks, bench_rnn, cpu, probe, 
 from backstride.bench.__main__ import app
 from backstride.bench.ahead import Ahead
 from backstride.bench.case import BASELINE, GateError, Variant, run_case
-from backstride.bench.occupancy import programs_per_multiprocessor
+from backstride.bench.occupancy import programs_of
 from backstride.bench.timing import Ceilings, Timing
 from backstride.kernels.conv.zones import find_zones
 from typer.testing import CliRunner
@@ -294,11 +294,11 @@ def test_programs_on_a_multiprocessor_by_hand():
     """168 registers x 32 lanes x 4 warps: 3 programs in 65536; shared memory, 73728 + 1024 of 233472: 3 too; 8 warps of
     64 alone would be 8."""
     line = {"target": "sm_90", "tile": "128x64x64 w4 s4", "registers": "168", "shared": "73728"}
-    assert programs_per_multiprocessor(line) == 3
-    assert programs_per_multiprocessor(line | {"registers": "255"}) == 2
-    assert programs_per_multiprocessor(line | {"registers": "32", "shared": "0", "tile": "256 w8 s1"}) == 8
+    assert programs_of(line) == 3
+    assert programs_of(line | {"registers": "255"}) == 2
+    assert programs_of(line | {"registers": "32", "shared": "0", "tile": "256 w8 s1"}) == 8
     with pytest.raises(ValueError, match="tile"):
-        programs_per_multiprocessor(line | {"tile": "256"})
+        programs_of(line | {"tile": "256"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it times")

@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from backstride.bench.machine_code import AMD, NVIDIA, longest_loop
 from backstride.bench.occupancy import issue_share
 
 from .cross_compile import MATRIX_INSTRUCTIONS, TARGETS, Compiled, read_table, table_path, trusted_rows
-from .machine_code import AMD, NVIDIA, longest_loop
 
 ROOT = Path(__file__).parents[1]
 

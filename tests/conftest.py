@@ -1,14 +1,14 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-# Triton decides whether it interprets when it is imported: this has to come before any import of backstride.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from .modes import EMULATED  # before Triton
 
-from triton.runtime import interpreter  # noqa: E402
+# isort: split
+from triton.runtime import interpreter
 
 
 def patch_once_a_launch() -> None:
@@ -40,6 +40,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def emulation() -> Iterator[None]:
+    """With BACKSTRIDE_EMULATE=1, ops on CPU tensors run the PTX that the kernels compile to."""
+    if not EMULATED:
+        yield
+        return
+    from .ptx_launch import emulated
+
+    with emulated():
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data sets; skips the test where there is none."""
@@ -51,12 +63,12 @@ def data_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip with a reason where there is no GPU."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` or `emulated` skip with a reason where there is no GPU, or no emulator."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and (EMULATED or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton supports"))
+        if item.get_closest_marker("emulated") and not EMULATED:
+            item.add_marker(pytest.mark.skip(reason="needs BACKSTRIDE_EMULATE=1"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,9 +13,10 @@ from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.runtime import H200, INTERPRETED
 from backstride.kernels.tile import quotient, reciprocal
 
+from .modes import kernels_run
 from .oracle import both_layouts, random_tensors
 
-pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="runs kernels")
+pytestmark = kernels_run
 
 # x, channels out, kernel, stride, padding, dilation, groups, and the least number of partial results. A step takes 16
 # pixels or more.
@@ -81,7 +82,7 @@ def test_tf32_takes_both_sides_as_they_lie(kernel, padding, last_x, last_y, devi
     assert vectors == tuple(1 if last or kernel == 3 else 16 for last in (last_x, last_y))
     result = torch.full(weight, torch.nan, device=device)
     kernels.weight_grad(x, y, result, geometry, tf32=True)
-    tolerance = 1e-4 if device == "cpu" else 2e-2
+    tolerance = 1e-4 if INTERPRETED else 2e-2
     torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * 10)
 
 

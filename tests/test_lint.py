@@ -119,7 +119,51 @@ def narrow_stride_products(tree: ast.AST) -> list[str]:
     return found
 
 
-RULES = [loads_without_other, block_pointers, autotuned, narrow_stride_products]
+def _copies(statement: ast.stmt) -> set[tuple[str, str]]:
+    """(a, b) of every plain a = b in an assignment."""
+    if not isinstance(statement, ast.Assign):
+        return set()
+    pairs = set()
+    for target in statement.targets:
+        several = isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple)
+        both = zip(target.elts, statement.value.elts, strict=True) if several else [(target, statement.value)]  # pyright: ignore
+        pairs |= {(a.id, b.id) for a, b in both if isinstance(a, ast.Name) and isinstance(b, ast.Name)}
+    return pairs
+
+
+def copies_around_loops(tree: ast.AST) -> list[str]:
+    """A variable that a loop sets, by name alone, to what it was before the loop: Triton compares the two, finds them
+    the same and leaves the variable as it is in every round. Interpreted, it follows."""
+    found = []
+    for function in jit_functions(tree):
+        loops = [
+            node
+            for node in ast.walk(function)
+            if isinstance(node, ast.While) or (isinstance(node, ast.For) and not list(calls(node.iter, "static_range")))
+        ]
+        for loop in loops:
+            before = [node for node in ast.walk(function) if isinstance(node, ast.stmt) and node.lineno < loop.lineno]
+            inside = [node for part in loop.body for node in ast.walk(part) if isinstance(node, ast.stmt)]
+            earlier = set().union(*map(_copies, before))
+            both = earlier & set().union(*map(_copies, inside))
+            found += [
+                f"line {loop.lineno}: {a} = {b} before and in the loop"
+                for a, b in sorted(both)
+                if _carried(function, loop, a)
+            ]
+    return found
+
+
+def _carried(function: ast.FunctionDef, loop: ast.For | ast.While, name: str) -> bool:
+    """Whether one round of the loop hands the variable to the next, or to what follows."""
+    uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+    lines = [node.lineno for node in uses if isinstance(node.ctx, ast.Load)]
+    end = loop.end_lineno or loop.lineno
+    first_set = min(n.lineno for n in uses if isinstance(n.ctx, ast.Store) and loop.lineno < n.lineno <= end)
+    return any(loop.lineno < line < first_set or line > end for line in lines)
+
+
+RULES = [loads_without_other, block_pointers, autotuned, narrow_stride_products, copies_around_loops]
 
 
 def test_there_are_kernels_to_check():
@@ -167,6 +211,10 @@ BAD = {
         narrow_stride_products,
         "for i in range(n):\n        x_ptr += tl.cdiv(pid_n, 2) * stride_n",
     ),
+    "copied before and in a loop": (
+        copies_around_loops,
+        "before, m = offs, n\n    for i in range(n):\n        m += before\n        before, offs = offs, offs + 1",
+    ),
 }
 
 GOOD = {
@@ -180,6 +228,15 @@ GOOD = {
     ),
     "cast to what the plan chose": (narrow_stride_products, "x_ptr += pid_n.to(OFFSET) * stride_n"),
     "no program id": (narrow_stride_products, "x_ptr += offs * stride_n"),
+    "another value before the loop": (
+        copies_around_loops,
+        "before = offs * 0\n    for i in range(n):\n        n += before\n        before, offs = offs, offs + 1",
+    ),
+    "an unrolled loop": (
+        copies_around_loops,
+        "before = offs\n    for i in tl.static_range(4):\n        n += before\n        before, offs = offs, offs + 1",
+    ),
+    "set anew in each round": (copies_around_loops, "m = n\n    for i in range(n):\n        m = n\n        m += 1"),
 }
 
 

@@ -15,15 +15,12 @@ from backstride.kernels.runtime import H200, INTERPRETED, Device
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
+from .modes import kernels_run
 from .oracle import assert_as_exact_as, to_fp64
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REGIMES = [RESIDENT, SHARDED, STEPWISE]
 EFFECTS = ["tanh", "relu", "tanh_derivative", "relu_derivative", "factor"]
-
-kernels_run = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="the kernels run on a GPU or interpreted"
-)
 
 
 @pytest.fixture(params=REGIMES)
@@ -38,8 +35,10 @@ def regime(request, monkeypatch):
             return RnnConfig(SHARDED, 16, block if INTERPRETED else 16, 16, 4, 1)
         return RnnConfig(STEPWISE, 16, 16, 16, 4, 1)
 
+    launch._plan.cache_clear()  # of the other ways
     monkeypatch.setattr(launch, "choose_config", choose)
-    return request.param
+    yield request.param
+    launch._plan.cache_clear()
 
 
 def random(*shape, dtype=torch.float64, device="cpu", seed=0):
@@ -82,7 +81,7 @@ def fp64(tensor):
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_scan(regime, effect, device):
     """Every element is written, and is the definition's."""
-    dtype = torch.float64 if device == "cpu" else torch.float32
+    dtype = torch.float64 if INTERPRETED and device == "cpu" else torch.float32
     combinations = list(itertools.product([False, True], repeat=3))
     for backward, packed, with_first in combinations if effect == "tanh" else combinations[::3]:
         x, gate, first, matrix, packing = scan_inputs(effect, packed, with_first, dtype, device)

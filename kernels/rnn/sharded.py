@@ -102,7 +102,9 @@ def rnn_sharded_kernel(
     )
     first = load_first(first_ptr, x, rows, units, pid_d, B, H, HAS_FIRST)
     bias = load_bias(b_ih_ptr, b_hh_ptr, units, pid_d, H, HAS_BIAS, ACC)
-    start_before, size_before = start, size * 0
+    # No step before the first. Not `start` itself: where a loop sets a variable to what by name it was before the loop,
+    # Triton takes it for one that the loop leaves alone.
+    start_before, size_before = start * 0, size * 0
     t, next_start, next_end = locate(1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     for step in tl.range(0, T, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         # The next step's inputs come in while this one waits, and where the one after it lies.

@@ -76,12 +76,13 @@ class Machine:
             self.registers[f"%ctaid.{name}"] = np.repeat(programs[:, axis].astype(np.uint32), threads)
             self.registers[f"%nctaid.{name}"] = np.full(self.lanes, grid[axis], np.uint32)
         self.shared_bytes = -(-max(shared, 16) // 16) * 16
-        self.shared = np.zeros(len(programs) * self.shared_bytes, np.uint8)
+        # NaN in every type, since nobody has written there.
+        self.shared = np.full(len(programs) * self.shared_bytes, 0xFF, np.uint8)
         self.shared_base = np.repeat(np.arange(len(programs)) * self.shared_bytes, threads)
+        self.at = np.zeros(self.lanes, np.int64)  # each thread's next statement
+        self.waiting = np.zeros(self.lanes, bool)  # at a barrier
         self.joins = set(program.labels.values())
         self.code = [self._bind(statement) for statement in program.statements]
-
-    # Control
 
     def run(self) -> None:
         for _ in self.steps():
@@ -89,57 +90,56 @@ class Machine:
 
     def steps(self) -> Iterator[None]:
         """Execute to the end, with a pause after each jump backwards, when other programs may go on."""
-        at = np.zeros(self.lanes, np.int64)
-        waiting = np.zeros(self.lanes, bool)
-        end = len(self.code)
-        program_of = np.arange(self.lanes) // self.threads
+        while (here := self._next()) is not None:
+            standing = ~self.waiting & (self.at == here)
+            if self._go_on(here, None if standing.all() else np.flatnonzero(standing)):
+                yield
+
+    def _next(self) -> int | None:
+        """The first statement at which a thread stands, so that those who are behind catch up; None at the end."""
+        ready = ~self.waiting & (self.at < len(self.code))
+        if not ready.any():
+            if not self.waiting.any():
+                return None
+            # All who have not returned stand at a barrier.
+            ready = self.waiting.copy()
+            self._pass_barrier(np.flatnonzero(ready))
+        return int(self.at[ready].min())
+
+    def _pass_barrier(self, lanes: np.ndarray) -> None:
+        self.at[lanes] += 1
+        self.waiting[lanes] = False
+
+    def _go_on(self, here: int, lanes: Lanes) -> bool:
+        """Execute from here to where the threads may part or meet others; whether that is a jump backwards."""
+        movers = np.arange(self.lanes) if lanes is None else lanes
         while True:
-            ready = ~waiting & (at < end)
-            if not ready.any():
-                if not waiting.any():
-                    return
-                # Everyone who has not returned stands at a barrier.
-                at[waiting] += 1
-                waiting[:] = False
-                continue
-            here = at[ready].min()
-            together = ready & (at == here)
-            lanes = None if together.all() else np.flatnonzero(together)
-            while True:
-                statement = self.program.statements[here]
-                kind = statement.opcode[0]
-                if kind == "bra":
-                    taken = self._guarded(statement, lanes)
-                    target = self.program.labels[statement.operands[0]]  # pyright: ignore[reportArgumentType]
-                    movers = np.arange(self.lanes) if lanes is None else lanes
-                    at[movers] = here + 1
-                    at[movers if taken is None else taken] = target
-                    if target <= here:
-                        yield
-                    break
-                if kind in ("ret", "exit"):
-                    gone = self._guarded(statement, lanes)
-                    movers = np.arange(self.lanes) if lanes is None else lanes
-                    at[movers] = here + 1
-                    at[movers if gone is None else gone] = end
-                    break
-                if kind == "bar" and statement.opcode[1] == "sync" and lanes is not None:
-                    at[lanes] = here
-                    waiting[lanes] = True
-                    for index in np.unique(program_of[lanes]):
-                        mine = slice(index * self.threads, (index + 1) * self.threads)
-                        if (waiting[mine] | (at[mine] >= end)).all():
-                            at[mine][waiting[mine]] += 1
-                            waiting[mine] = False
-                    break
-                try:
-                    self.code[here](lanes)
-                except Exception as error:
-                    raise RuntimeError(f"{self.program.name}: {statement.text}: {error}") from error
-                here += 1
-                if lanes is not None and here in self.joins:
-                    at[lanes] = here
-                    break
+            statement = self.program.statements[here]
+            kind = statement.opcode[0]
+            if kind in ("bra", "ret", "exit"):
+                target = self.program.labels[str(statement.operands[0])] if kind == "bra" else len(self.code)
+                leavers = self._guarded(statement, lanes)
+                self.at[movers] = here + 1
+                self.at[movers if leavers is None else leavers] = target
+                return target <= here
+            if statement.opcode[:2] == ("bar", "sync") and lanes is not None:
+                self._wait(here, lanes)
+                return False
+            try:
+                self.code[here](lanes)
+            except Exception as error:
+                raise RuntimeError(f"{self.program.name}: {statement.text}: {error}") from error
+            here += 1
+            if lanes is not None and here in self.joins:
+                self.at[lanes] = here
+                return False
+
+    def _wait(self, here: int, lanes: np.ndarray) -> None:
+        """At a barrier, until all of a program's threads are there that have not returned."""
+        self.at[lanes] = here
+        self.waiting[lanes] = True
+        there = (self.waiting | (self.at >= len(self.code))).reshape(-1, self.threads).all(axis=1)
+        self._pass_barrier(np.flatnonzero(self.waiting & np.repeat(there, self.threads)))
 
     def _guarded(self, statement: Statement, lanes: Lanes) -> Lanes:
         """Of these lanes those whose predicate lets them."""
@@ -151,8 +151,6 @@ class Machine:
         if holds.all():
             return lanes
         return np.flatnonzero(holds) if lanes is None else lanes[holds]
-
-    # Operands
 
     def read(self, operand: Operand, kind: str, lanes: Lanes) -> Any:
         """The operand in each lane, as this type; bf16 as fp32."""
@@ -193,8 +191,6 @@ class Machine:
         count = self.lanes if lanes is None else len(lanes)
         base = self.read(operand.base, kind, lanes)
         return np.broadcast_to(base + np.array(operand.offset).astype(base.dtype), (count,))
-
-    # Memory
 
     def load(self, where: str, operand: Address, kind: str, count: int, lanes: Lanes) -> list[np.ndarray]:
         dtype = np.dtype(f"u{np.dtype(DTYPES[kind]).itemsize}")
@@ -238,8 +234,6 @@ class Machine:
         if (places + size > self.shared_bytes).any():
             raise IndexError("outside of the shared memory")
         yield slice(None), self.shared, places + (self.shared_base if lanes is None else self.shared_base[lanes])
-
-    # Instructions
 
     def _bind(self, statement: Statement) -> Callable[[Lanes], None]:
         execute = INSTRUCTIONS.get(statement.opcode[0])

@@ -25,7 +25,7 @@ test: $(READY) test-triton-3.6  ## Run all tests, with the pinned Triton and wit
 	$(BIN)/python $(PYTEST)
 
 # pytest exits with 5 if the markers select no test.
-test-triton-3.6: $(OLD_READY)  ## Run the cross-compilation and interpreter smoke tests with Triton 3.6.0
+test-triton-3.6: $(OLD_READY)  ## Cross-compile, emulate and run the smoke tests with Triton 3.6.0
 	$(OLD_VENV)/bin/python $(PYTEST) -m "compile or smoke" || [ $$? -eq 5 ]
 
 lint: $(READY)  ## Check style (ruff) and types (pyright)

@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 PRECISION = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-10}
 
 
-@pytest.mark.compile
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", ["conv", "not conv"])
-def test_smoke_tests_pass_emulated(part):
-    """In processes of their own, where Triton does not interpret."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "(smoke or emulated) and not gpu", "-k", part, "tests"]
+@pytest.mark.parametrize("marked", [pytest.param("emulated", marks=pytest.mark.compile), "smoke"])
+def test_marked_tests_pass_emulated(marked):
+    """In a process of its own, where Triton does not interpret. PyTorch's samples need a kernel each, and minutes."""
+    selection = ["-m", f"{marked} and not gpu", "-k", "not samples"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"BACKSTRIDE_EMULATE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", *selection, "tests"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
@@ -58,8 +58,7 @@ def relative_error(result, exact):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("dtype", "stride"), zip(PRECISION, (1, 2, 1), strict=True), ids=str)
 def test_matrix_instructions_of_convolution(dtype, last, stride, executed):
     """Full tiles: wgmma, with operands in shared memory or in registers, turned or not; fp32 in TF32."""
     generator = torch.Generator().manual_seed(stride)

@@ -58,7 +58,7 @@ def relative_error(result, exact):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("dtype", "stride"), zip(PRECISION, (1, 2, 1), strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "stride"), list(zip(PRECISION, (1, 2, 1), strict=True)), ids=str)
 def test_matrix_instructions_of_convolution(dtype, last, stride, executed):
     """Full tiles: wgmma, with operands in shared memory or in registers, turned or not; fp32 in TF32."""
     generator = torch.Generator().manual_seed(stride)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64}
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 # What numpy has no name for, bf16, is read as fp32.
@@ -112,7 +111,7 @@ def parse(text: str) -> Program:
 
 def _declare(program: Program, statement: str, scope: str) -> None:
     kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    width = WIDTHS.get(kind) or int(kind[1:])
+    width = 1 if kind == "pred" else int(kind[1:])
     for name in names.split(","):
         name = name.strip()
         if counted := re.match(r"(%\w+)<(\d+)>", name):

@@ -51,6 +51,7 @@ def _shift_right(a: Any, by: Any) -> Any:
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
@@ -87,15 +88,11 @@ def _unordered(a: Any, b: Any) -> Any:
     return (a != a) | (b != b)
 
 
-def _count(machine: Machine, lanes: Lanes) -> int:
-    return machine.lanes if lanes is None else len(lanes)
-
-
 def _binary(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     operation, kind = statement.opcode[0], statement.opcode[-1]
     to, *operands = statement.operands
     if kind in ("s16x2", "u16x2"):
-        halves = (np.broadcast_to(machine.read(o, "u32", lanes), _count(machine, lanes)) for o in operands)
+        halves = (np.broadcast_to(machine.read(o, "u32", lanes), len(machine.every(lanes))) for o in operands)
         views = (np.ascontiguousarray(each).view(DTYPES[kind[:-2]]) for each in halves)
         machine.write(to, BINARY[operation](*views).view(np.uint32), lanes)
         return
@@ -148,7 +145,7 @@ def _multiply(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     """mul and mad of integers: the low half, the high half, or the wide product."""
     operation, part, kind = statement.opcode[0], statement.opcode[1], statement.opcode[-1]
     if kind[0] == "f":
-        _binary_float(machine, statement, lanes)
+        _binary(machine, statement, lanes)
         return
     to, a, b, *c = statement.operands
     a, b = machine.read(a, kind, lanes), machine.read(b, kind, lanes)
@@ -165,12 +162,6 @@ def _multiply(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     if operation == "mad":
         product = product + machine.read(c[0], f"{kind[0]}{8 * product.dtype.itemsize}", lanes)
     machine.write(to, product, lanes)
-
-
-def _binary_float(machine: Machine, statement: Statement, lanes: Lanes) -> None:
-    to, a, b = statement.operands
-    kind = statement.opcode[-1]
-    machine.write(to, machine.read(a, kind, lanes) * machine.read(b, kind, lanes), lanes)
 
 
 def _fused(machine: Machine, statement: Statement, lanes: Lanes) -> None:
@@ -289,7 +280,7 @@ def _atomic(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     to, address, *operands = statement.operands
     assert isinstance(address, Address)
     operation, kind = statement.opcode[-2], statement.opcode[-1]
-    for lane in range(machine.lanes) if lanes is None else lanes:
+    for lane in machine.every(lanes):
         one = np.array([lane])
         old = machine.load("global", address, kind.replace("s", "u"), 1, one)[0].view(DTYPES[kind.replace("b", "u")])
         values = [machine.read(o, kind, one) for o in operands]
@@ -307,7 +298,7 @@ def _copy_async(machine: Machine, statement: Statement, lanes: Lanes) -> None:
         return
     to, source, size, *wanted = statement.operands
     assert isinstance(to, Address) and isinstance(source, Address) and isinstance(size, Immediate)
-    every = np.arange(machine.lanes) if lanes is None else lanes
+    every = machine.every(lanes)
     amount = np.broadcast_to(machine.read(wanted[0], "u32", lanes) if wanted else size.bits, every.shape)
     assert np.isin(amount, (0, size.bits)).all(), "part of a copy"
     words = size.bits // 4
@@ -320,8 +311,7 @@ def _copy_async(machine: Machine, statement: Statement, lanes: Lanes) -> None:
 
 def _warps(machine: Machine, lanes: Lanes) -> np.ndarray:
     """The lanes by warps; all of a warp have to take part."""
-    every = np.arange(machine.lanes) if lanes is None else lanes
-    warps = every.reshape(-1, WARP)
+    warps = machine.every(lanes).reshape(-1, WARP)
     assert (warps == warps[:, :1] + np.arange(WARP)).all() and not (warps[:, 0] % WARP).any(), "part of a warp"
     return warps
 

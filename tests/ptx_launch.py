@@ -63,8 +63,7 @@ def run(path: str, grid: tuple[int, int, int], threads: int, shared: int, argume
         name: np.array(value & ((1 << width) - 1), f"u{width // 8}")
         for (name, width), value in zip(program.parameters.items(), values, strict=True)
     }
-    x, y, z = np.meshgrid(*map(np.arange, grid), indexing="ij")
-    programs = np.stack([axis.transpose(2, 1, 0).ravel() for axis in (x, y, z)], 1)
+    programs = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid, order="F"), 1)  # x fastest
     at_once = 1 if waits else max(1, LANES // threads)
     machines = (
         Machine(program, grid, programs[i : i + at_once], threads, shared, parameters, memory)

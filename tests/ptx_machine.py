@@ -112,7 +112,7 @@ class Machine:
 
     def _go_on(self, here: int, lanes: Lanes) -> bool:
         """Execute from here to where the threads may part or meet others; whether that is a jump backwards."""
-        movers = np.arange(self.lanes) if lanes is None else lanes
+        movers = self.every(lanes)
         while True:
             statement = self.program.statements[here]
             kind = statement.opcode[0]
@@ -141,6 +141,10 @@ class Machine:
         there = (self.waiting | (self.at >= len(self.code))).reshape(-1, self.threads).all(axis=1)
         self._pass_barrier(np.flatnonzero(self.waiting & np.repeat(there, self.threads)))
 
+    def every(self, lanes: Lanes) -> np.ndarray:
+        """The lanes as indices, all of them too."""
+        return np.arange(self.lanes) if lanes is None else lanes
+
     def _guarded(self, statement: Statement, lanes: Lanes) -> Lanes:
         """Of these lanes those whose predicate lets them."""
         if not statement.guard:
@@ -156,7 +160,7 @@ class Machine:
         """The operand in each lane, as this type; bf16 as fp32."""
         if kind == "bf16":
             return (self.read(operand, "u16", lanes).astype(np.uint32) << np.uint32(16)).view(np.float32)
-        dtype = np.dtype(DTYPES[kind])
+        dtype = DTYPES[kind]
         if isinstance(operand, Immediate):
             if kind == "pred":
                 return np.bool_(operand.bits & 1)
@@ -188,18 +192,13 @@ class Machine:
             register[lanes] = values
 
     def addresses(self, operand: Address, lanes: Lanes, kind: str) -> np.ndarray:
-        count = self.lanes if lanes is None else len(lanes)
         base = self.read(operand.base, kind, lanes)
-        return np.broadcast_to(base + np.array(operand.offset).astype(base.dtype), (count,))
+        return np.broadcast_to(base + np.array(operand.offset).astype(base.dtype), self.every(lanes).shape)
 
     def load(self, where: str, operand: Address, kind: str, count: int, lanes: Lanes) -> list[np.ndarray]:
-        dtype = np.dtype(f"u{np.dtype(DTYPES[kind]).itemsize}")
+        dtype = np.dtype(f"u{DTYPES[kind].itemsize}")
         if where == "param":
-            return [
-                np.broadcast_to(
-                    self.parameters[operand.base].astype(dtype), self.lanes if lanes is None else len(lanes)
-                )
-            ]
+            return [np.broadcast_to(self.parameters[operand.base].astype(dtype), self.every(lanes).shape)]
         size = dtype.itemsize * count
         addresses = self.addresses(operand, lanes, "u64" if where == "global" else "u32")
         self._check_alignment(addresses, size)
@@ -211,7 +210,7 @@ class Machine:
         return found
 
     def store(self, where: str, operand: Address, kind: str, values: list[np.ndarray], lanes: Lanes) -> None:
-        dtype = np.dtype(f"u{np.dtype(DTYPES[kind]).itemsize}")
+        dtype = np.dtype(f"u{DTYPES[kind].itemsize}")
         size = dtype.itemsize * len(values)
         addresses = self.addresses(operand, lanes, "u64" if where == "global" else "u32")
         self._check_alignment(addresses, size)

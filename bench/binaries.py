@@ -12,22 +12,19 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from rich.markup import escape
 from rich.table import Table
-from triton import knobs
 
 from . import run
 from .ahead import PROCESSES
 from .case import FORMATS, Case, layouts
-from .host import stubbed_launch
+from .host import noting_loads, stubbed_launch
 from .machine_code import NVIDIA, disassembled, longest_loop, registers_and_spills
 from .occupancy import programs_per_multiprocessor
 from .report import CaseKey, key_of, name_of, write_table
@@ -72,22 +69,6 @@ def untouched(case: Case, layout: str) -> list[torch.Tensor]:
     ]
 
 
-@contextmanager
-def _loads() -> Iterator[list[dict[str, Path]]]:
-    """The kernels that Triton loads within, each as its cached files by what they end in."""
-    loaded: list[dict[str, Path]] = []
-
-    def note(module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str) -> None:
-        loaded.append({Path(path).suffix: Path(path) for path in metadata_group.values()})
-
-    hooks = knobs.runtime.kernel_load_end_hook
-    hooks.add(note)
-    try:
-        yield loaded
-    finally:
-        hooks.remove(note)
-
-
 def _row(case: Case, layout: str, files: dict[str, Path]) -> Row:
     cubin, about = files[".cubin"].read_bytes(), json.loads(files[".json"].read_text())
     registers, spills = registers_and_spills(cubin)
@@ -106,7 +87,8 @@ def _compile(quick: bool, key: CaseKey) -> list[Row] | str:
     rows: list[Row] = []
     try:
         for layout in layouts(case):
-            with stubbed_launch(), _loads() as loaded:
+            loaded: list[dict[str, Path]] = []
+            with stubbed_launch(), noting_loads(lambda files, _, loaded=loaded: loaded.append(files)):
                 case.ours(*untouched(case, layout))
             rows += [_row(case, layout, files) for files in loaded]
     except Exception as error:  # one broken case must not hide the others

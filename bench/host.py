@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from rich.table import Table
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -81,6 +82,21 @@ def stubbed_launch() -> Iterator[None]:
         for ops in (conv_ops, rnn_ops):
             stack.enter_context(mock.patch.object(ops, "uses_tf32", lambda x, switch: x.dtype == torch.float32))
         yield
+
+
+@contextmanager
+def noting_loads(note: Callable[[dict[str, Path], str], None]) -> Iterator[None]:
+    """Within, `note` is told of every kernel that Triton loads: its cached files by what they end in, and its hash."""
+
+    def loaded(module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str) -> None:
+        note({Path(path).suffix: Path(path) for path in metadata_group.values()}, hash)
+
+    hooks = knobs.runtime.kernel_load_end_hook
+    hooks.add(loaded)
+    try:
+        yield
+    finally:
+        hooks.remove(loaded)
 
 
 def calls(device: str) -> dict[str, Pair]:

@@ -18,7 +18,6 @@ from backstride.bench import host
 from backstride.fused_ops import dispatch
 from backstride.fused_ops.conv import ops as conv_ops
 from backstride.fused_ops.rnn import ops as rnn_ops
-from triton import knobs
 
 from .ptx import Program, parse
 from .ptx_machine import Machine, Memory
@@ -82,18 +81,13 @@ def run(path: str, grid: tuple[int, int, int], threads: int, shared: int, argume
 @contextmanager
 def emulated() -> Iterator[None]:
     """RuntimeError where Triton interprets."""
-
-    def note(module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str) -> None:
-        _EmulatingDriver.paths[hash] = next(path for path in metadata_group.values() if path.endswith(".ptx"))
-
-    hooks = knobs.runtime.kernel_load_end_hook
-    hooks.add(note)
-    try:
-        with mock.patch.object(host, "_Driver", _EmulatingDriver), host.stubbed_launch(), ExitStack() as stack:
-            for ops in (conv_ops, rnn_ops):  # torch's own results on the CPU, which are compared, have no TF32
-                stack.enter_context(mock.patch.object(ops, "uses_tf32", lambda x, switch: False))
-            fp64 = dispatch.ON_INTERPRETER.pop(torch.float64)
-            stack.callback(dispatch.ON_INTERPRETER.__setitem__, torch.float64, fp64)
-            yield
-    finally:
-        hooks.remove(note)
+    paths = _EmulatingDriver.paths
+    with ExitStack() as stack:
+        stack.enter_context(host.noting_loads(lambda files, hash: paths.update({hash: str(files[".ptx"])})))
+        stack.enter_context(mock.patch.object(host, "_Driver", _EmulatingDriver))
+        stack.enter_context(host.stubbed_launch())
+        for ops in (conv_ops, rnn_ops):  # torch's own results on the CPU, which are compared, have no TF32
+            stack.enter_context(mock.patch.object(ops, "uses_tf32", lambda x, switch: False))
+        fp64 = dispatch.ON_INTERPRETER.pop(torch.float64)
+        stack.callback(dispatch.ON_INTERPRETER.__setitem__, torch.float64, fp64)
+        yield

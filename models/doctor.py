@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -208,10 +209,25 @@ def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
     return Check(name, short, path, reason, ours, theirs, _judge(ours, theirs, dtype, longest_sum))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, fp32 is multiplied in full on a GPU: ATen rounds to TF32 in large layers only, and is no measure then."""
+    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # pyright: ignore[reportAttributeAccessIssue]
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
 def run_checks() -> list[Check]:
-    """Check every op in every dtype of DTYPES, on the GPU where there is one."""
+    """Check every op in every dtype of DTYPES, fp32 in full, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [check(example, dtype, device) for example in EXAMPLES for dtype in DTYPES]
+    with full_precision():
+        return [check(example, dtype, device) for example in EXAMPLES for dtype in DTYPES]
 
 
 def run_interpreted_checks() -> list[Check]:

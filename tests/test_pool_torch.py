@@ -58,6 +58,13 @@ def call(function, sample):
     return function(sample.input, *sample.args, **sample.kwargs)
 
 
+def on_cpu(function, sample):
+    """Torch's own there, wherever the sample is: on a GPU its max_unpool2d drops channels_last, and writes pixels that
+    are named twice in any order."""
+    results = as_tuple(call(function, sample.transform(lambda t: t.cpu() if isinstance(t, torch.Tensor) else t)))
+    return tuple(result.to(sample.input.device) for result in results)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_numbers(name):
     assert len(samples(name)) == SAMPLES[name]
@@ -70,7 +77,7 @@ def test_numbers(name):
 def test_some_samples_one_by_one(name, device):
     """Every 101st, which has no factor in common with the numbers of options; all of them below."""
     for sample in samples(name, device)[::101]:
-        assert_equal(call(getattr(fused, name), sample), call(info(name).op, sample), sample)
+        assert_equal(call(getattr(fused, name), sample), on_cpu(info(name).op, sample), sample)
 
 
 def together(images, axes):
@@ -115,7 +122,7 @@ def test_every_sample(name, device, monkeypatch):
         if device == "cpu" and INTERPRETED:
             monkeypatch.setattr(ops.kernels, "max_pool", together([s.input for s in group], int(name[-2])))
         for sample in group:
-            assert_equal(call(getattr(fused, name), sample), call(info(name).op, sample), sample)
+            assert_equal(call(getattr(fused, name), sample), on_cpu(info(name).op, sample), sample)
             count += 1
         monkeypatch.undo()
     assert count == SAMPLES[name]
@@ -144,7 +151,7 @@ def test_gradient_of_every_geometry(name, device):
 def test_every_unpooling(name, variant, device):
     """Values and strides; the samples that aren't for gradients name pixels twice."""
     for sample in samples(name, device, variant=variant):
-        assert_equal(call(getattr(fused, name), sample), call(info(name, variant).op, sample), sample)
+        assert_equal(call(getattr(fused, name), sample), on_cpu(info(name, variant).op, sample), sample)
 
 
 @pytest.mark.parametrize("name, index", [(name, i) for name, count in ERRORS.items() for i in range(count)])

@@ -11,7 +11,7 @@ from backstride import fused_ops
 from backstride.kernels.conv import access, launch, reference
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.conv.transpose import to_channels_last
+from backstride.kernels.conv.transpose import from_channels_last, to_channels_last
 from backstride.kernels.runtime import H200, INTERPRETED, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,14 +137,19 @@ def test_padding_is_looked_for_only_where_there_is_some():
         assert apply.constants["PADDED"] is weight_grad.constants["PADDED"] is padded
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 5, 13), (1, 3, 66), (2, 16, 2, 3, 4), (1, 1, 1, 1)])
-def test_to_channels_last(device, shape):
+@pytest.mark.parametrize("shape", [(2, 70, 5, 13), (1, 3, 66), (2, 16, 2, 3, 4), (1, 1, 1, 1), (3, 300, 3, 3)])
+def test_to_channels_last_and_back(device, shape):
     x = torch.randn(shape, device=device)
     y = to_channels_last(x)
     assert torch.equal(x, y)
     assert y.movedim(1, -1).is_contiguous()
     cut = torch.randn(*shape[:-1], shape[-1] + 3, device=device)[..., 1:-2]
     assert torch.equal(to_channels_last(cut), cut)
+    wide = torch.full((shape[0], shape[1] + 2, *shape[2:]), math.nan, device=device)
+    for back in (torch.empty_like(x), torch.empty_like(cut), wide[:, 1:-1]):
+        from_channels_last(y, back)
+        assert torch.equal(back, x)
+    assert wide.isnan().sum() == wide[:, :2].numel()
 
 
 CASES = {
@@ -227,14 +232,14 @@ ROWS = {  # size of x, kernel, stride, padding, dilation; in NCHW, the kernel an
 
 
 def plan_of_row(name, memory_format, rows=None):
-    """The launch of X^T on 16 channels, with the result cropped to so many rows."""
+    """The launch of X^T from 16 to 12 channels, with the result cropped to so many rows."""
     size, kernel, stride, padding, dilation, *_ = ROWS[name]
     sides = zip(size, kernel, stride, strict=True)
     out = [(i - 1) * s + dilation * (k - 1) + 1 - 2 * padding for i, k, s in sides]
-    x, y = torch.empty(1, 16, *size), torch.empty(1, 16, rows or out[0], out[1])
+    x, y = torch.empty(1, 16, *size), torch.empty(1, 12, rows or out[0], out[1])
     x, y = (layout_of(t.to(memory_format=memory_format)) for t in (x, y))
     geometry = Geometry(stride, (padding,) * 2, (dilation,) * 2, 1)
-    return launch.plan_apply_transposed(x, (16, 16, *kernel), y, geometry, torch.float16, False, H200)
+    return launch.plan_apply_transposed(x, (16, 12, *kernel), y, geometry, torch.float16, False, H200)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -252,6 +257,48 @@ def test_rows_that_are_cut_off_are_written_one_by_one():
     whole, cropped = (plan_of_row("one tap", torch.contiguous_format, rows).constants for rows in (8, 7))
     assert (whole["ACROSS"], whole["CROP"], whole["Y_VEC"]) == (2, False, 8)
     assert (cropped["ACROSS"], cropped["CROP"], cropped["Y_VEC"]) == (2, True, 1)
+
+
+STAGED = {  # x, channels of the result in a group, kernel, stride, padding, dilation, groups, transposed
+    "odd sizes": ((2, 16, 5, 7), 16, (3, 3), 1, 1, 1, 1, False),
+    "zones": ((2, 16, 13, 12), 16, (3, 3), 1, 8, 8, 1, False),
+    "zones, transposed": ((2, 16, 13, 12), 16, (3, 3), 1, 8, 8, 1, True),
+    "residue phases, groups": ((1, 32, 4, 6), 16, (3, 3), 2, 1, 1, 2, True),
+    "1-D": ((2, 16, 21), 24, (5,), 2, 0, 1, 1, True),
+    "3-D": ((1, 16, 4, 4, 4), 16, (2, 2, 2), 1, 0, 1, 1, False),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_results_that_are_staged(name, device):
+    """Channels-first results whose pixels would be stored one by one: all of them, with the residual, in a slice."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on a GPU or interpreted")
+    shape, channels, kernel, stride, padding, dilation, groups, transposed = STAGED[name]
+    axes = len(kernel)
+    planner, run, definition, sides = (
+        (launch.plan_apply_transposed, launch.apply_transposed, reference.apply_transposed, (shape[1], channels))
+        if transposed
+        else (launch.plan_apply, launch.apply, reference.apply, (channels * groups, shape[1] // groups))
+    )
+    out = [
+        (i - 1) * stride + dilation * (k - 1) + 1 - 2 * padding
+        if transposed
+        else (i + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for i, k in zip(shape[2:], kernel, strict=True)
+    ]
+    total = channels * groups
+    tensors = random_tensors(33, shape, (*sides, *kernel), (total,), (shape[0], total, *out), device=device)
+    x, w, bias, residual = (t.half() for t in tensors)
+    geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, groups)
+    wide = torch.full((shape[0], total + 3, *out), math.nan, dtype=torch.half, device=device)
+    part = wide[:, 2:-1]
+    plan = planner(layout_of(x), w.shape, layout_of(part), geometry, x.dtype, False, device_of(x))
+    assert plan.staged and plan.constants["Y_LAST"]
+    run(x, w, bias, strides_like(part, residual), part, geometry, relu=True)
+    expected = definition(x.double(), w.double(), out, geometry) + bias.double().view(-1, *[1] * axes)
+    torch.testing.assert_close(part.double(), (expected + residual.double()).relu(), rtol=1e-2, atol=5e-2)
+    assert wide.isnan().sum() == wide[:, :3].numel()
 
 
 RESIDUES = {  # x, output channels of a group, kernel, stride, padding, output padding, groups
@@ -354,7 +401,7 @@ import re
 from tests import cross_compile, cross_compile_conv
 for case in cross_compile_conv.cases(cross_compile.TARGETS["sm_90"]):
     kernel = case.kernel.__name__
-    wanted = {"to_channels_last_kernel": "", "conv_apply_kernel": "U-Net 3x3", "conv_scatter_kernel": "U-Net up"}
+    wanted = {"transpose_kernel": "", "conv_apply_kernel": "U-Net 3x3", "conv_scatter_kernel": "U-Net up"}
     wanted["conv_apply_transposed_kernel"] = "U-Net 3x3"
     if case.dtype == "bf16" and case.name.startswith(wanted.get(kernel, "none")):
         ptx = cross_compile.Compilation(case, "sm_90").compile().asm["ptx"]

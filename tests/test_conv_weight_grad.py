@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from backstride.kernels import conv as kernels
-from backstride.kernels.conv import launch, reference
+from backstride.kernels.conv import config, launch, reference
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.runtime import H200, INTERPRETED
@@ -47,6 +47,17 @@ def geometry_of(layer):
     ]
 
 
+@pytest.fixture
+def partial_results_are_free(monkeypatch):
+    """So that sums as small as these are cut too."""
+    monkeypatch.setattr(config, "REDUCTION", 0.0)
+    monkeypatch.setattr(config, "BANDWIDTH", float("inf"))
+    launch.plan_weight_grad.cache_clear()
+    yield
+    launch.plan_weight_grad.cache_clear()
+
+
+@pytest.mark.usefixtures("partial_results_are_free")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in LAYERS), ("one row, strided", torch.float16), ("3-D", torch.float16)],
@@ -146,3 +157,31 @@ def test_quotients_are_exact(device):
         result = torch.empty_like(pixel)
         quotients_kernel[(1,)](pixel, result, size, BLOCK=256)
         assert torch.equal(result, pixel // size), size
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 3, 3), (5, 16, 7), (2, 17, 2, 3, 2)], ids=["2-D", "1-D", "3-D"])
+def test_large_weights_are_brought_in_order(shape, monkeypatch, device):
+    """The same sums as those that are stored tap by tap."""
+    a, b, *kernel = shape
+    x, y = random_tensors(32, (2, b, *[9] * len(kernel)), (2, a, *[10 - k for k in kernel]), device=device)
+    x, y = x.float(), y.float()
+    geometry = Geometry(*[(value,) * len(kernel) for value in (1, 0, 1)], 1)
+    tap_by_tap, brought = (torch.full(shape, torch.nan, device=device) for _ in range(2))
+    kernels.weight_grad(x, y, tap_by_tap, geometry)
+    monkeypatch.setattr(launch, "LARGE_WEIGHT", 1)
+    kernels.weight_grad(x, y, brought, geometry)
+    torch.testing.assert_close(brought, tap_by_tap, rtol=1e-6, atol=1e-6)
+
+
+def test_how_sums_are_cut_and_how_many_blocks_are_in_flight():
+    """As was fastest on an H200, in bf16 and channels_last (bench/results/tune_conv_*.csv)."""
+    layers = {  # name: (tiles, steps, elements, (rows, columns), splits within, stages of a launch that is not cut)
+        "U-Net encoder 64": (9, 5041, 36864, (64, 64), (40, 44), 4),
+        "U-Net up 128": (4, 16384, 32768, (128, 64), (60, 99), 4),
+        "U-Net decoder 1024": (288, 46, 4718592, (128, 128), (1, 1), 4),
+        "PSPNet head": (1152, 450, 18874368, (128, 128), (1, 1), 3),
+    }
+    for name, (tiles, steps, elements, (m, n), (fewest, most), stages) in layers.items():
+        shipped = config.ConvConfig(m, n, 64, 8 if m * n == 128 * 128 else 4, 4 if n == 64 == m else 3)
+        assert fewest <= config.choose_splits(tiles, steps, elements, shipped, 2, H200) <= most, name
+        assert config.choose_stages((m, n, 64), tiles, 2, H200) == stages, name

@@ -1,13 +1,19 @@
-"""Launch configurations of the convolution kernels: data, and a pure function that chooses.
+"""Launch configurations of the convolution kernels: data, and pure functions that choose.
 
-No threshold here was measured on a GPU yet: they follow from the sizes alone (tiles that fill the multiprocessors,
-and that compile without spills for every target: see the cross-compilation table in bench/results).
+Stages and splits follow a model whose constants were read off an H200 in bf16 (bench/results/tune_conv_*.csv). Tiles
+follow from the sizes: they fill the multiprocessors, and compile without spills for every target.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..runtime import Device
+
+# What a multiprocessor does with several programs, against one: the others multiply while one loads or stores.
+GAIN = {1: 1.0, 2: 1.25, 3: 1.35}
+FLOPS = 4.8e12  # of one multiprocessor in a main loop
+BANDWIDTH = 4.3e12  # bytes/s
+REDUCTION = 2.5e-6  # seconds of a launch that adds up partial results
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,45 @@ def choose_config(
         return ConvConfig(block_m, block_n, 16, 8, 3)
     block_k = _thrifty_block(k, 16, 128 // itemsize)
     num_warps = 8 if block_m * block_n >= (128 * 128 if channels_last else 64 * 128) else 4
-    stage = (block_m + block_n) * block_k * itemsize
-    num_stages = min(4 if itemsize == 2 else 3, device.shared_memory // stage)
+    tiles = -(-m // block_m) * -(-n // block_n) * parts
+    num_stages = choose_stages((block_m, block_n, block_k), tiles, itemsize, device)
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
-def choose_splits(tiles: int, steps: int, elements: int, device: Device) -> int:
-    """Into how many parts the weight gradient's sum over pixels is cut.
+def _rounds(programs: int, resident: int, device: Device) -> float:
+    """Time of so many programs, `resident` of them on a multiprocessor at once, in times of one that is alone there."""
+    together = min(resident, -(-programs // device.multiprocessors))
+    return -(-programs // (device.multiprocessors * resident)) * together / GAIN[together]
 
-    About three waves of programs over the multiprocessors, at least eight steps a part (below that the partial
-    results cost more than they spread), and at most 256 MiB of fp32 partial results.
+
+def _resident(stage: int, num_stages: int, device: Device) -> int:
+    """Programs that fit on a multiprocessor by their shared memory."""
+    return max(min(device.shared_memory // (stage * num_stages), max(GAIN)), 1)
+
+
+def choose_stages(block: tuple[int, int, int], tiles: int, itemsize: int, device: Device) -> int:
+    """How many blocks of the sum are in flight: three, which lets more programs share a multiprocessor, or in 16 bits
+    four where that many tiles are not slower for it."""
+    stage = (block[0] + block[1]) * block[2] * itemsize
+    if itemsize == 4:
+        return max(min(3, device.shared_memory // stage), 1)
+    most = max(min(4, device.shared_memory // stage), 1)
+    return min(range(most, min(3, most) - 1, -1), key=lambda n: _rounds(tiles, _resident(stage, n, device), device))
+
+
+def choose_splits(tiles: int, steps: int, elements: int, config: ConvConfig, itemsize: int, device: Device) -> int:
+    """Into how many parts the weight gradient's sum over pixels is cut: what should take the least time.
+
+    That is the programs' steps, by `_rounds`, and from two parts on writing and reading the fp32 partial results. At
+    least eight steps a part, and at most 256 MiB of partial results.
     """
-    splits = min(-(-3 * device.multiprocessors // tiles), steps // 8, (256 << 20) // (4 * elements))
-    return max(splits, 1)
+    stage = (config.block_m + config.block_n) * config.block_k * itemsize
+    resident = _resident(stage, config.num_stages, device)
+    product = 2 * config.block_m * config.block_n * config.block_k / FLOPS
+
+    def seconds(splits: int) -> float:
+        products = _rounds(tiles * splits, resident, device) * -(-steps // splits) * product
+        return products + (REDUCTION + 8 * splits * elements / BANDWIDTH if splits > 1 else 0)
+
+    most = max(min(-(-resident * device.multiprocessors // tiles), steps // 8, (256 << 20) // (4 * elements)), 1)
+    return min(range(1, most + 1), key=seconds)

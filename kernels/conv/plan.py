@@ -30,6 +30,7 @@ class ConvPlan(Plan):
     """A launch of a convolution."""
 
     copies: tuple[bool, ...] = ()  # for each tensor that is read, whether from a channels-last copy
+    staged: bool = False  # whether the result is made in channels-last memory, and then brought where it belongs
     residues: tuple[int, ...] = ()  # into which each of the weight's axes of taps is split first: to (taps, residues)
     axes: tuple[int, ...] = ()  # of the weight, as they lie in memory when it is read
     mirrored: bool = False  # whether the weight is mirrored first

@@ -12,7 +12,7 @@ import triton
 from ..runtime import Device, three
 from . import access
 from .access import Access, Layout
-from .config import choose_config, choose_splits
+from .config import choose_config, choose_splits, choose_stages
 from .plan import (
     ConvPlan,
     Geometry,
@@ -66,12 +66,13 @@ def plan_weight_grad(
     columns = taps * b if flatten else b
     # Matrix instructions have 16 rows or more, or Hopper's wide ones 64, but 8 columns do.
     swap = a <= device.matrix_columns < min(columns, 16) or (a <= 32 and columns >= 64 and not flatten)
+    wide = not flatten and (not along_channels or access.is_wide(along_channels, a, b))
     config = choose_config(
         *((columns, a) if swap else (a, columns)),
         pixels,
         dtype.itemsize,
         uses_tensor_cores(dtype, tf32),
-        not flatten and (not along_channels or access.is_wide(along_channels, a, b)),
+        wide,
         device,
         device.multiprocessors,
     )
@@ -83,8 +84,11 @@ def plan_weight_grad(
     tiles = triton.cdiv(a, config.block_m) * geometry.groups
     tiles *= triton.cdiv(taps * b, config.block_n) if flatten else triton.cdiv(b, config.block_n) * taps
     steps = triton.cdiv(pixels, config.block_k)
-    splits = choose_splits(tiles, steps, math.prod(weight), device)
+    splits = choose_splits(tiles, steps, math.prod(weight), config, dtype.itemsize, device)
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
+    if splits == 1 and wide and dtype.itemsize == 2:
+        block = config.block_m, config.block_n, config.block_k
+        config = replace(config, num_stages=choose_stages(block, tiles, dtype.itemsize, device))
     constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "W_CHANNELS_LAST": channels_last,
         "FLATTEN": flatten,

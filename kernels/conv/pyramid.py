@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -25,7 +26,7 @@ from .plan import (
     uses_tensor_cores,
 )
 from .plan_forward import zones_plan
-from .transpose import to_channels_last
+from .transpose import empty_channels_last, from_channels_last, to_channels_last
 
 
 def same_geometry(kernel: Sequence[int], dilation: Sequence[int]) -> Geometry:
@@ -62,6 +63,10 @@ def plan_pyramid(
     widths = [weight[0] for weight in weights]
     access_x, access_y = access.read(x, False, in_channels, max(widths)), access.write(y, False)
     tensor_cores = uses_tensor_cores(dtype, tf32)
+    if tensor_cores and access.is_better_staged(access_y, math.gcd(*widths)):
+        innermost = access.channels_last(y)
+        plan = plan_pyramid(x, weights, innermost, dilations, dtype, tf32, device)
+        return replace(plan, staged=True) if plan else None
     config = choose_config(
         pixels,
         max(widths),
@@ -138,6 +143,7 @@ def apply_pyramid(
         return
     if plan.copies[0]:
         x = to_channels_last(x)
+    target, y = y, empty_channels_last(y) if plan.staged else y
     table = zones.on_device(plan.table, x.device)
     bias = torch.cat(list(biases)) if biases else None
     with device_guard(x):
@@ -152,3 +158,5 @@ def apply_pyramid(
             HAS_RESIDUAL=False,
             RELU=relu,
         )
+    if plan.staged:
+        from_channels_last(y, target)

@@ -1,4 +1,6 @@
-"""From channels-first to channels-last memory, where a kernel that reads x many times is worth one pass over it."""
+"""Between channels-first and channels-last memory: one pass, where walking a tensor crosswise would cost more."""
+
+from __future__ import annotations
 
 import math
 
@@ -8,51 +10,81 @@ import triton.language as tl
 
 from ..runtime import device_guard
 
-BLOCK = 64  # channels by pixels: rows of whole sectors on both sides; unmeasured
+LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
+TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer
 
 
-@triton.jit(do_not_specialize=["CHANNELS", "PIXELS", "stride_xn", "stride_xc"])
-def to_channels_last_kernel(
-    x_ptr,  # (N, CHANNELS, PIXELS), pixels contiguous
-    y_ptr,  # (N, PIXELS, CHANNELS), contiguous
-    CHANNELS,
-    PIXELS,
+@triton.jit(do_not_specialize=["ROWS", "COLUMNS", "stride_xn", "stride_xr", "stride_yn", "stride_yc"])
+def transpose_kernel(
+    x_ptr,  # (N, ROWS, COLUMNS), columns contiguous
+    y_ptr,  # (N, COLUMNS, ROWS), rows contiguous
+    ROWS,
+    COLUMNS,
     stride_xn,
-    stride_xc,
+    stride_xr,
+    stride_yn,
+    stride_yc,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """y[n, p, c] = x[n, c, p], BLOCK channels by BLOCK pixels: read along the pixels, written along the channels.
+    """y[n, c, r] = x[n, r, c], BLOCK_R by BLOCK_C: read along the columns, written along the rows.
 
-    PIXELS and the strides of x are multiples of X_VEC, CHANNELS of Y_VEC.
+    COLUMNS and the strides of x are multiples of X_VEC, ROWS and those of y of Y_VEC.
     """
-    tiles_p = tl.cdiv(PIXELS, BLOCK)
-    tiles_c = tl.cdiv(CHANNELS, BLOCK)
+    tiles_c = tl.cdiv(COLUMNS, BLOCK_C)
+    tiles_r = tl.cdiv(ROWS, BLOCK_R)
     pid = tl.program_id(0).to(tl.int64)
-    n = pid // (tiles_p * tiles_c)
-    offs_c = (pid // tiles_p % tiles_c) * BLOCK + tl.arange(0, BLOCK)
-    offs_p = (pid % tiles_p) * BLOCK + tl.arange(0, BLOCK)
-    mask_c = tl.max_constancy(offs_c < CHANNELS, Y_VEC)
-    mask_p = tl.max_constancy(offs_p < PIXELS, X_VEC)
-    offs_x = tl.multiple_of(n * stride_xn + offs_c * stride_xc, X_VEC)
-    offs_y = tl.multiple_of((n * PIXELS + offs_p) * CHANNELS, Y_VEC)
-    x = tl.load(x_ptr + offs_x[:, None] + offs_p[None, :], mask=mask_c[:, None] & mask_p[None, :], other=0.0)
-    tl.store(y_ptr + offs_y[:, None] + offs_c[None, :], tl.trans(x), mask=mask_p[:, None] & mask_c[None, :])
+    n = pid // (tiles_c * tiles_r)
+    offs_r = (pid // tiles_c % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_r = tl.max_constancy(offs_r < ROWS, Y_VEC)
+    mask_c = tl.max_constancy(offs_c < COLUMNS, X_VEC)
+    offs_x = tl.multiple_of(n * stride_xn + offs_r * stride_xr, X_VEC)
+    offs_y = tl.multiple_of(n * stride_yn + offs_c * stride_yc, Y_VEC)
+    x = tl.load(x_ptr + offs_x[:, None] + offs_c[None, :], mask=mask_r[:, None] & mask_c[None, :], other=0.0)
+    tl.store(y_ptr + offs_y[:, None] + offs_r[None, :], tl.trans(x), mask=mask_c[:, None] & mask_r[None, :])
+
+
+def _block(size: int, largest: int) -> int:
+    return min(max(1 << (size - 1).bit_length(), 16), largest)
+
+
+def _transpose(x: torch.Tensor, y: torch.Tensor) -> None:
+    """y[n, c, r] = x[n, r, c]; of both the last axis is contiguous."""
+    batch, rows, columns = x.shape
+    block_c = _block(columns, LONGEST)
+    block_r = _block(rows, TILE // block_c)
+    block_c = _block(columns, TILE // block_r)
+    vectors = {
+        "X_VEC": math.gcd(16, columns, *x.stride()[:2]),
+        "Y_VEC": math.gcd(16, rows, *y.stride()[:2]),
+    }
+    grid = (batch * triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
+    strides = x.stride(0), x.stride(1), y.stride(0), y.stride(1)
+    with device_guard(x):
+        transpose_kernel[grid](x, y, rows, columns, *strides, **vectors, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+
+
+def empty_channels_last(like: torch.Tensor) -> torch.Tensor:
+    """New memory for such a tensor (N, C, *spatial), channels innermost."""
+    batch, channels, *size = like.shape
+    return torch.empty((batch, *size, channels), dtype=like.dtype, device=like.device).movedim(-1, 1)
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     """x (N, C, *spatial) in new memory with the channels innermost."""
-    batch, channels, *size = x.shape
-    y = torch.empty((batch, *size, channels), dtype=x.dtype, device=x.device)
-    image = x[0, 0]
-    if not image.is_contiguous():
-        return y.movedim(-1, 1).copy_(x)
-    stride_n, stride_c, *_ = x.stride()
-    vectors = {"X_VEC": math.gcd(16, image.numel(), stride_n, stride_c), "Y_VEC": math.gcd(16, channels)}
-    grid = (batch * triton.cdiv(channels, BLOCK) * triton.cdiv(image.numel(), BLOCK),)
-    with device_guard(x):
-        to_channels_last_kernel[grid](
-            x, y, channels, image.numel(), stride_n, stride_c, **vectors, BLOCK=BLOCK, num_warps=4
-        )
-    return y.movedim(-1, 1)
+    y = empty_channels_last(x)
+    if not x[0, 0].is_contiguous():
+        return y.copy_(x)
+    _transpose(x.flatten(2), y.movedim(1, -1).flatten(1, -2))
+    return y
+
+
+def from_channels_last(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Write x, as `empty_channels_last` makes it, into y of the same shape and any strides."""
+    if not y[0, 0].is_contiguous():
+        y.copy_(x)
+        return
+    _transpose(x.movedim(1, -1).flatten(1, -2), y.flatten(2))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..runtime import INTERPRETED
+from ..runtime import INTERPRETED, Device
 from .tile import LaneAxis, chunks, lane_axis, positions
 
 WARPS = 4
@@ -237,3 +237,13 @@ def choose_config(
     return DepthwiseConfig(
         window, lane.window_h, lane.v, lane.u, lane.spacing_h, lane.spacing_w, rows, cols, lane.tap_rows, WARPS, 1
     )
+
+
+def choose_splits(tiles: int, steps: int, elements: int, device: Device) -> int:
+    """Into how many parts the weight gradient's sum over pixels is cut.
+
+    About three waves of programs over the multiprocessors, at least eight steps a part (below that the partial
+    results cost more than they spread), and at most 256 MiB of fp32 partial results.
+    """
+    splits = min(-(-3 * device.multiprocessors // tiles), steps // 8, (256 << 20) // (4 * elements))
+    return max(splits, 1)

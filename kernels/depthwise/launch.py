@@ -12,12 +12,20 @@ import triton
 import triton.language as tl
 
 from ..conv.access import Layout, layout_of
-from ..conv.config import choose_splits
 from ..conv.launch import launch_split
 from ..conv.plan import Geometry, index_dtype
 from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of, three
 from .apply import depthwise_apply_kernel
-from .config import GROUP_TERMS, GROUP_WEIGHTS, LARGEST_GROUP, Axis, DepthwiseConfig, choose_config, columns_of_a_lane
+from .config import (
+    GROUP_TERMS,
+    GROUP_WEIGHTS,
+    LARGEST_GROUP,
+    Axis,
+    DepthwiseConfig,
+    choose_config,
+    choose_splits,
+    columns_of_a_lane,
+)
 from .weight_grad import depthwise_weight_grad_kernel
 
 # Compiled for NVIDIA: elsewhere, and interpreted, there is none of its assembly.

@@ -61,7 +61,7 @@ def measure(seconds: float) -> list[Row]:
     rows = []
     for name, (build, size) in NETWORKS.items():
         x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-        fused, plain = Step(build, "fused"), Step(build, "torch")
+        fused, plain = (Step(build, ops, joined=False) for ops in ("fused", "torch"))
         for step in (fused, plain, fused, plain):
             step(x)
         times: dict[Step, list[float]] = {fused: [], plain: []}

@@ -212,15 +212,15 @@ def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Within, fp32 is multiplied in full on a GPU: ATen rounds to TF32 in large layers only, and is no measure then."""
-    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # pyright: ignore[reportAttributeAccessIssue]
-    before = [part.fp32_precision for part in parts]
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    # The older switch sets both, and itself: where they differ from it, torch refuses to read it.
+    cudnn.allow_tf32 = False
     try:
-        for part in parts:
-            part.fp32_precision = "ieee"
         yield
     finally:
-        for part, precision in zip(parts, before, strict=True):
-            part.fp32_precision = precision
+        cudnn.allow_tf32 = before == ("tf32", "tf32")
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 def run_checks() -> list[Check]:

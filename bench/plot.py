@@ -30,6 +30,7 @@ FAMILIES = {
     "network": "networks",
 }
 DIRECTIONS = ("forward", "input gradient", "weight gradient", "forward and backward", "pool and unpool")
+FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8, 2)  # where a picture spans less than this
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 INK, FAINT = "#333333", "#DDDDDD"
 
@@ -107,7 +108,8 @@ def _speedups(axes: Axes, chosen: dict[int, list[Row]]) -> str:
         axes.plot(xs, ys, mark, color=colour, markersize=5, markeredgewidth=0, label=name, alpha=0.9)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(TICKS))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(FixedLocator(FINE_TICKS if high < 3 * low else TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     return "a baseline's time / ours: right of 1× ours is faster; the bar ends at the fastest baseline"

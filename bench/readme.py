@@ -54,7 +54,8 @@ def _cell(rows: list[Row], regime: str, forward: bool) -> str:
         best = [ours.speedup for of_case in report.by_case(mine).values() if (ours := report.ours_of(of_case))]
         wrong = sum(row.gate != GREEN for row in mine)
         if best:
-            parts.append(f"{name} {geometric_mean(best):.2f} ({min(best):.2f}–{max(best):.2f}, {len(best)} cases)")
+            spread = f"{min(best):.2f}–{max(best):.2f}, {len(best)} cases" if len(best) > 1 else "1 case"
+            parts.append(f"{name} {geometric_mean(best):.2f} ({spread})")
         if wrong:
             parts.append(f"{name}: {wrong} failed")
     return ", ".join(parts) or UNMEASURED

@@ -134,8 +134,8 @@ class TestReadme:
         report.write_rows([*rows, failed], tmp_path / "made-up.csv")
         lines = readme.block(tmp_path).splitlines()
         line = next(line for line in lines if line.startswith("| transposed convolution, kernel = stride"))
-        assert "bf16 2.00 (2.00–2.00, 1 cases)" in line
-        assert "bf16 0.50 (0.50–0.50, 1 cases), bf16: 1 failed" in line
+        assert "bf16 2.00 (1 case)" in line
+        assert "bf16 0.50 (1 case), bf16: 1 failed" in line
         assert "a made-up GPU" in "".join(lines) and "commit abc" in "".join(lines)
         assert readme.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
 

@@ -408,5 +408,5 @@ for case in cross_compile_conv.cases(cross_compile.TARGETS["sm_90"]):
         print(kernel, case.name, set(re.findall(r"st\\.global\\S*", ptx)), sep="; ")
 """
     lines = printed_by(code)
-    assert len(lines) == 7  # three kernels in two layouts, and the transposing copy
+    assert len(lines) == 9  # four launches in two layouts, and the transposing copy
     assert not [line for line in lines if not line.endswith("{'st.global.v4.b32'}")]

@@ -174,7 +174,7 @@ def test_large_weights_are_brought_in_order(shape, monkeypatch, device):
 
 
 def test_how_sums_are_cut_and_how_many_blocks_are_in_flight():
-    """As was fastest on an H200, in bf16 and channels_last (bench/results/tune_conv_*.csv)."""
+    """As was fastest on an H200, in bf16 and channels_last (bench/results/tune_conv_nvidia-h200.csv)."""
     layers = {  # name: (tiles, steps, elements, (rows, columns), splits within, stages of a launch that is not cut)
         "U-Net encoder 64": (9, 5041, 36864, (64, 64), (40, 44), 4),
         "U-Net up 128": (4, 16384, 32768, (128, 64), (60, 99), 4),

@@ -1,7 +1,7 @@
 """Launch configurations of the convolution kernels: data, and pure functions that choose.
 
-Stages and splits follow a model whose constants were read off an H200 in bf16 (bench/results/tune_conv_*.csv). Tiles
-follow from the sizes: they fill the multiprocessors, and compile without spills for every target.
+Stages and splits follow a model whose constants were read off an H200 in bf16: bench/results/tune_conv_nvidia-h200.csv.
+Tiles follow from the sizes: they fill the multiprocessors, and compile without spills for every target.
 """
 
 from dataclasses import dataclass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import device_guard
+from ..runtime import Plan, device_guard
 
 LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
 TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer
@@ -51,20 +52,28 @@ def _block(size: int, largest: int) -> int:
     return min(max(1 << (size - 1).bit_length(), 16), largest)
 
 
-def _transpose(x: torch.Tensor, y: torch.Tensor) -> None:
-    """y[n, c, r] = x[n, r, c]; of both the last axis is contiguous."""
-    batch, rows, columns = x.shape
+@lru_cache(maxsize=1024)
+def _plan(shape: tuple[int, int, int], x_strides: tuple[int, int], y_strides: tuple[int, int]) -> Plan:
+    batch, rows, columns = shape
     block_c = _block(columns, LONGEST)
     block_r = _block(rows, TILE // block_c)
     block_c = _block(columns, TILE // block_r)
-    vectors = {
-        "X_VEC": math.gcd(16, columns, *x.stride()[:2]),
-        "Y_VEC": math.gcd(16, rows, *y.stride()[:2]),
+    constants = {
+        "X_VEC": math.gcd(16, columns, *x_strides),
+        "Y_VEC": math.gcd(16, rows, *y_strides),
+        "BLOCK_R": block_r,
+        "BLOCK_C": block_c,
+        "num_warps": 4,
     }
     grid = (batch * triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
-    strides = x.stride(0), x.stride(1), y.stride(0), y.stride(1)
+    return Plan(transpose_kernel, grid, (rows, columns, *x_strides, *y_strides), constants)
+
+
+def _transpose(x: torch.Tensor, y: torch.Tensor) -> None:
+    """y[n, c, r] = x[n, r, c]; of both the last axis is contiguous."""
+    plan = _plan(x.shape, x.stride()[:2], y.stride()[:2])
     with device_guard(x):
-        transpose_kernel[grid](x, y, rows, columns, *strides, **vectors, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+        plan.launch(x, y)
 
 
 def empty_channels_last(like: torch.Tensor) -> torch.Tensor:

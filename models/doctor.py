@@ -210,23 +210,21 @@ def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def _full_precision() -> Iterator[None]:
     """Within, fp32 is multiplied in full on a GPU: ATen rounds to TF32 in large layers only, and is no measure then."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    # The older switch sets both, and itself: where they differ from it, torch refuses to read it.
-    cudnn.allow_tf32 = False
     try:
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
         yield
     finally:
-        cudnn.allow_tf32 = before == ("tf32", "tf32")
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 def run_checks() -> list[Check]:
     """Check every op in every dtype of DTYPES, fp32 in full, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with full_precision():
+    with _full_precision():
         return [check(example, dtype, device) for example in EXAMPLES for dtype in DTYPES]
 
 

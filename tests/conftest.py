@@ -8,7 +8,6 @@ import torch
 from .modes import EMULATED  # before Triton
 
 # isort: split
-from backstride.models import doctor
 from triton.runtime import interpreter
 
 
@@ -56,7 +55,7 @@ def emulation() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
     """fp32 is fp32 on a GPU: with TF32 allowed torch rounds to it in large layers only, and is no measure for ours."""
-    with doctor.full_precision():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 

@@ -7,6 +7,7 @@ import torch
 from backstride.bench import bench_conv, bench_networks, bench_pool, bench_pyramid, tune
 from backstride.bench.tune import Asked, Zones, candidates, forced, noting
 from backstride.kernels.conv.config import ConvConfig
+from backstride.kernels.conv.transpose import transpose_kernel
 from backstride.kernels.depthwise.config import DepthwiseConfig
 from backstride.kernels.pool.config import PoolConfig
 from backstride.kernels.runtime import Plan
@@ -17,11 +18,12 @@ ATROUS = bench_conv.Layer("atrous", 1, 16, 16, (5, 6), 3, 1, 2, 2)
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The plans that are launched."""
+    """The plans that are launched, but for those that bring tensors into another order."""
     plans, launch = [], Plan.launch
 
     def noted(self, *pointers, **options):
-        plans.append(self)
+        if self.kernel is not transpose_kernel:
+            plans.append(self)
         launch(self, *pointers, **options)
 
     monkeypatch.setattr(Plan, "launch", noted)

@@ -2,15 +2,17 @@
 
 import random
 
+import backstride.fused_ops as fused
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import config, launch, reference
 from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.runtime import H200, INTERPRETED, device_of
 from backstride.kernels.tile import quotient, reciprocal
 
 from .modes import kernels_run
@@ -157,6 +159,28 @@ def test_quotients_are_exact(device):
         result = torch.empty_like(pixel)
         quotients_kernel[(1,)](pixel, result, size, BLOCK=256)
         assert torch.equal(result, pixel // size), size
+
+
+@pytest.mark.usefixtures("partial_results_are_free")
+def test_weight_gradient_is_split_and_right(device):
+    """Enough pixels for several partial results, in both memory formats of the weight."""
+    x, y = random_tensors(14, (1, 8, 24, 24), (1, 8, 22, 22), dtype=torch.float32, device=device)
+    plan = launch.plan_weight_grad(
+        layout_of(x),
+        (8, 8, 3, 3),
+        False,
+        layout_of(y),
+        Geometry((1, 1), (0, 0), (1, 1), 1),
+        x.dtype,
+        False,
+        device_of(x),
+    )
+    assert plan.grid[1] > 1
+    for tensors in both_layouts(x, y):
+        w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
+        (expected,) = torch.autograd.grad(F.conv2d(tensors[0].double(), w.double()), w, tensors[1].double())
+        (result,) = torch.autograd.grad(fused.conv2d(tensors[0], w), w, tensors[1])
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 3, 3), (5, 16, 7), (2, 17, 2, 3, 2)], ids=["2-D", "1-D", "3-D"])

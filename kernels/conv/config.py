@@ -96,9 +96,9 @@ def _resident(stage: int, num_stages: int, device: Device) -> int:
 
 def choose_stages(block: tuple[int, int, int], tiles: int, itemsize: int, device: Device) -> int:
     """How many blocks of the sum are in flight: three, which lets more programs share a multiprocessor, or in 16 bits
-    four where that many tiles are not slower for it."""
+    four where that many tiles are not slower for it. Large launches all have three: a new size compiles nothing."""
     stage = (block[0] + block[1]) * block[2] * itemsize
-    if itemsize == 4:
+    if itemsize == 4 or tiles > 4 * device.multiprocessors:
         return max(min(3, device.shared_memory // stage), 1)
     most = max(min(4, device.shared_memory // stage), 1)
     return min(range(most, min(3, most) - 1, -1), key=lambda n: _rounds(tiles, _resident(stage, n, device), device))

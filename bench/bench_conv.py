@@ -17,6 +17,7 @@ from ..fused_ops.conv import ops
 from .case import Call, Case, Compiled, results_of
 
 CONCAT = "conv_transpose2d_concat"
+DENSE = "convolution, dense"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Layer:
             return f"{'transposed ' if self.transposed else ''}convolution, {kind}"
         if self.transposed:
             return f"transposed convolution, kernel {'=' if self.kernel == self.stride else '>'} stride"
-        return "convolution, dilated" if self.dilation > 1 else "convolution, dense"
+        return "convolution, dilated" if self.dilation > 1 else DENSE
+
+    @property
+    def relu(self) -> bool:
+        """Whether ReLU follows in the forward: behind a dense convolution, whose products are cuDNN's on both sides."""
+        return self.regime == DENSE
 
     @property
     def out_size(self) -> tuple[int, ...]:
@@ -251,7 +257,10 @@ def _forward(layer: Layer) -> tuple[Call, Call]:
             return torch.cat([skip, up(x, weight, bias)], dim=1)
 
         return InPlace(ours, theirs) if layer.in_place else ours, theirs
-    return ours, partial(getattr(F, layer.op), **options)
+    theirs = partial(getattr(F, layer.op), **options)
+    if layer.relu:
+        return partial(ours, activation="relu"), lambda *tensors: F.relu(theirs(*tensors))
+    return ours, theirs
 
 
 def _gradient(layer: Layer, direction: str) -> tuple[Call, Call]:
@@ -293,7 +302,7 @@ def case(layer: Layer, direction: str, dtype: torch.dtype) -> Case:
         layer.op,
         layer.regime,
         layer.name,
-        f"{x} -> {y} {geometry}",
+        f"{x} -> {y} {geometry}{' ReLU' if layer.relu and direction == 'forward' else ''}",
         direction,
         dtype,
         shapes,

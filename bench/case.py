@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -140,13 +141,25 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
     return calls
 
 
+@contextmanager
+def first_algorithm() -> Iterator[None]:
+    """Within, cuDNN takes what it guesses to be fast, and tries nothing: in fp64 that would take seconds a case."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def gate(case: Case, device: str, compiled: bool = False) -> dict[Variant, float]:
     """Errors of all variants against fp64, as `error_of`.
 
     Every variant of ours must have error <= 2 x torch's own in the same dtype + eps (`error_of`'s unit, that is
     eps sqrt(reduction) in the numbers themselves). Raises GateError otherwise.
     """
-    oracle = case.theirs(*(t.double() for t in case.inputs(device)))
+    with first_algorithm():
+        oracle = case.theirs(*(t.double() for t in case.inputs(device)))
     errors = {
         variant: error_of(call(), oracle, case.reduction) for variant, call in variants(case, device, compiled).items()
     }

@@ -100,7 +100,7 @@ def noting_loads(note: Callable[[dict[str, Path], str], None]) -> Iterator[None]
 
 
 def calls(device: str) -> dict[str, Pair]:
-    """A tiny forward call of each op, ours and torch's."""
+    """A tiny forward call of each op, ours and torch's. Convolutions are dilated: on a GPU dense ones are torch's."""
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
@@ -114,9 +114,9 @@ def calls(device: str) -> dict[str, Pair]:
     beside_skip = randn(1, 16, 16, 16)[:, 8:]
     ours = fused_ops
     return {
-        "conv1d": (lambda: ours.conv1d(x1, w1, bias, 1, 1), lambda: F.conv1d(x1, w1, bias, 1, 1)),
-        "conv2d": (lambda: ours.conv2d(x2, w2, bias, 1, 1), lambda: F.conv2d(x2, w2, bias, 1, 1)),
-        "conv3d": (lambda: ours.conv3d(x3, w3, bias, 1, 1), lambda: F.conv3d(x3, w3, bias, 1, 1)),
+        "conv1d": (lambda: ours.conv1d(x1, w1, bias, 1, 2, 2), lambda: F.conv1d(x1, w1, bias, 1, 2, 2)),
+        "conv2d": (lambda: ours.conv2d(x2, w2, bias, 1, 2, 2), lambda: F.conv2d(x2, w2, bias, 1, 2, 2)),
+        "conv3d": (lambda: ours.conv3d(x3, w3, bias, 1, 2, 2), lambda: F.conv3d(x3, w3, bias, 1, 2, 2)),
         "conv_transpose2d": (
             lambda: ours.conv_transpose2d(x2, up, bias, 2),
             lambda: F.conv_transpose2d(x2, up, bias, 2),

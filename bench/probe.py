@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..fused_ops import conv2d
 from ..kernels.probe import descriptor_copy_kernel
 from ..kernels.rnn.exchange import exchange_probe_kernel
 from . import host
@@ -91,8 +93,8 @@ def transposed_share(device: str, tiny: bool) -> list[Probe]:
 
 
 def layout_and_bias(device: str, tiny: bool) -> list[Probe]:
-    """What do NCHW tensors cost cuDNN, which works in NHWC and transposes, and what does a bias cost, which torch adds
-    in a pass of its own?"""
+    """What do NCHW tensors cost cuDNN, which works in NHWC and transposes, and what do a bias and ReLU cost: as torch's
+    passes, as one pass of ours, and in cuDNN's own epilogue?"""
     batch, channels, size = (1, 4, 4) if tiny else (16, 64, 256)
     probes = []
     for layout in (True, False):
@@ -100,8 +102,16 @@ def layout_and_bias(device: str, tiny: bool) -> list[Probe]:
         x = _randn(batch, channels, size, size, device=device, channels_last=layout)
         w, b = _randn(channels, channels, 3, 3, device=device, channels_last=layout), _randn_vector(channels, device)
         flop = 2.0 * x.numel() * channels * 9
-        for bias, suffix in ((None, ""), (b, " with bias")):
-            call = lambda x=x, w=w, bias=bias: F.conv2d(x, w, bias, 1, 1)  # noqa: E731
+        calls: dict[str, Callable[[], Tensor]] = {
+            "": lambda x=x, w=w: F.conv2d(x, w, None, 1, 1),
+            " with bias": lambda x=x, w=w, b=b: F.conv2d(x, w, b, 1, 1),
+            " with bias and ReLU": lambda x=x, w=w, b=b: F.relu(F.conv2d(x, w, b, 1, 1)),
+            " with bias and ReLU, one pass": lambda x=x, w=w, b=b: conv2d(x, w, b, 1, 1, activation="relu"),
+        }
+        if x.is_cuda:
+            own = partial(torch.ops.aten.cudnn_convolution_relu, x, w, b, [1, 1], [1, 1], [1, 1], 1)
+            calls[" with bias and ReLU, its own"] = own
+        for suffix, call in calls.items():
             probes.append(Probe(f"cuDNN 3x3, {words}{suffix}", call, flop, 2 * _bytes(x)))
     x = _randn(batch, channels, size, size, device=device, channels_last=False)
     transpose = lambda: x.contiguous(memory_format=torch.channels_last)  # noqa: E731

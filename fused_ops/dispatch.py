@@ -66,13 +66,19 @@ def autocasts(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def autocast(tensor: T, device_type: str) -> T:
-    """The tensor in the device's autocast dtype where autocast is on: as torch, any floating one but fp64."""
-    if tensor is None or device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensor
+def autocast_dtype(tensor: Tensor, device_type: str) -> torch.dtype:
+    """The device's autocast dtype where autocast is on and the tensor, as in torch, a floating one but fp64; else its
+    own."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast(tensor: T, device_type: str) -> T:
+    """The tensor in its `autocast_dtype`."""
+    return tensor if tensor is None else tensor.to(autocast_dtype(tensor, device_type))
 
 
 _PLANNERS: dict[Callable[..., Any], Callable[..., Path]] = {}

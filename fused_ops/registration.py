@@ -25,39 +25,49 @@ class Function(torch.autograd.Function):
         return base.apply(*unwrap_dead_wrappers(arguments))
 
 
-def _watched() -> bool:
-    """Whether something wants to see the op itself: a mode, a profiler, a trace, or torch.func."""
+def _transformed() -> bool:
+    """Whether a mode, a trace or torch.func makes something else of every op."""
     c: Any = torch._C
     return (
-        c._len_torch_dispatch_stack() > 0
-        or c._are_functorch_transforms_active()
-        or c._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        c._len_torch_dispatch_stack() > 0 or c._are_functorch_transforms_active() or c._get_tracing_state() is not None
     )
 
 
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether no argument wants a gradient, forward or backward, and none is more than a tensor in memory.
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether no argument has a forward gradient, and none is more than a tensor in memory.
 
     A tensor may stand for its negative (`conj().imag` does), or for zeros that lie nowhere: the dispatcher makes
     ordinary ones of them.
     """
     if forward_ad._current_level >= 0:
         return False
-    grad = torch.is_grad_enabled()
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
-            if (grad and argument.requires_grad) or argument.is_neg() or argument._is_zerotensor():
+            if argument.is_neg() or argument._is_zerotensor():
                 return False
         elif isinstance(argument, Tensor):
             return False
     return True
 
 
+def _want_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def is_eager(arguments: tuple[Any, ...]) -> bool:
+    """Whether an autograd.Function may be applied to these outside of any op: nobody would miss one."""
+    return not torch.compiler.is_compiling() and _are_plain(arguments) and not _transformed()
+
+
+def launches(arguments: tuple[Any, ...]) -> bool:
+    """Whether kernels may be launched on these outside of any op: there is no gradient either."""
+    return not _want_gradient(arguments) and is_eager(arguments)
+
+
 def goes_direct(arguments: tuple[Any, ...]) -> bool:
-    """Whether an implementation may be called at once, which spares the dispatcher: nobody looks at the op itself."""
-    return not torch.compiler.is_compiling() and _is_plain(arguments) and not _watched()
+    """Whether an implementation may be called at once, which spares the dispatcher: no profiler looks at the op."""
+    return launches(arguments) and not torch.autograd.profiler._is_profiler_enabled
 
 
 def differentiable(
@@ -78,6 +88,19 @@ def differentiable(
         if goes_direct(arguments):
             return implementation(*arguments)
         return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
+
+
+def below_autograd(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What an autograd.Function's forward calls: the op without its autograd, past the dispatcher where what
+    `differentiable` gives goes past it."""
+
+    def call(*arguments: Any) -> Any:
+        if goes_direct(arguments):
+            return implementation(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
 
     return call
 

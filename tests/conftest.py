@@ -8,6 +8,7 @@ import torch
 from .modes import EMULATED  # before Triton
 
 # isort: split
+from backstride.fused_ops.conv import aten
 from triton.runtime import interpreter
 
 
@@ -57,6 +58,19 @@ def full_precision() -> Iterator[None]:
     """fp32 is fp32 on a GPU: with TF32 allowed torch rounds to it in large layers only, and is no measure for ours."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_compute(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Dense products on a GPU are cuDNN's; the tests are of the kernels, but for those that ask for `library`."""
+    if "library" not in request.fixturenames:
+        monkeypatch.setattr(aten, "is_better", lambda *_: False)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense products are the library's on every device, as they are on a GPU."""
+    monkeypatch.setattr(aten, "is_better", aten.is_dense)
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from backstride.kernels.conv import launch
+from backstride.kernels.conv import epilogue, launch
 from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry, Plan
 from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.pyramid import plan_pyramid
+from backstride.kernels.conv.tf32 import BLOCK, round_kernel
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.transpose import LONGEST, transpose_kernel
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
@@ -88,20 +90,45 @@ def launch_signature(
     return signature, unit
 
 
-EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True}
+EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True, "SUMS": True}
+# Of the passes around a library's products: 64 channels in both layouts, and odd sizes, which are read one by one.
+IMAGES = [("16x64x512x512", (16, 64, 512, 512)), ("16x21x65x65", (16, 21, 65, 65))]
+
+
+def flags_of(plan: Plan) -> dict[str, bool]:
+    """What a launch gives beside the plan's constants, all of it on."""
+    return {name: value for name, value in EPILOGUE.items() if name in plan.kernel.arg_names}
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """Every launch of the layers, the transposing copy and the reduction."""
+    """Every launch of the layers, the passes around a library's products, the copies and the reduction."""
     for dtype in DTYPES:
         for layout in LAYOUTS:
             device = Device(132, target.shared_memory, 16 if target.backend == "hip" else 8)
             pyramid = PYRAMID, pyramid_plan(dtype, layout == "channels_last", device)
             for name, plan in [*plans(dtype, layout == "channels_last", device), pyramid]:
                 signature, unit = launch_signature(plan, POINTER[dtype])
-                epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
                 way = ", transposed" if plan.constants.get("TRANSPOSED") else ""
-                yield Case(plan.kernel, signature, plan.constants | epilogue | unit, f"{name}{way}, {layout}", dtype)
+                constants = plan.constants | flags_of(plan) | unit
+                yield Case(plan.kernel, signature, constants, f"{name}{way}, {layout}", dtype)
+    for dtype in ("bf16", "fp32"):
+        for (name, shape), layout in itertools.product(IMAGES, LAYOUTS):
+            y = dense_layout(shape, layout == "channels_last")
+            for plan in (
+                epilogue.plan_epilogue(y, DTYPES[dtype]),
+                epilogue.plan_epilogue_grad(y, y, y, DTYPES[dtype], Device(132, target.shared_memory)),
+            ):
+                signature, _ = launch_signature(plan, POINTER[dtype], ())
+                signature |= {"partial_ptr": "*fp32"} if "partial_ptr" in signature else {}
+                constants = plan.constants | flags_of(plan) | {"num_stages": 3}
+                yield Case(plan.kernel, signature, constants, f"{name}, {layout}", dtype)
+    yield Case(
+        round_kernel,
+        {"x_ptr": "*fp32", "y_ptr": "*fp32", "NUMEL": "i32"},
+        {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},
+        "any",
+        "tf32",
+    )
     yield Case(
         transpose_kernel,
         {"x_ptr": "*bf16", "y_ptr": "*bf16", **dict.fromkeys(transpose_kernel.arg_names[2:8], "i32")},

@@ -10,7 +10,7 @@ from backstride.kernels.depthwise.tile import UNIT_STRIDES
 from backstride.kernels.runtime import Device
 
 from .cross_compile import DTYPES, POINTER, Case, Target
-from .cross_compile_conv import EPILOGUE, LAYOUTS, dense_layout, launch_signature
+from .cross_compile_conv import LAYOUTS, dense_layout, flags_of, launch_signature
 
 ALL = ("apply", "transposed", "weight_grad")
 # At stride 1, X^T is X with its taps turned around.
@@ -76,6 +76,6 @@ def cases(target: Target) -> Iterator[Case]:
                 signature, unit = launch_signature(plan, POINTER[dtype], UNIT_STRIDES)
                 if plan.kernel is launch.depthwise_apply_kernel and plan.constants["CHANNELS_LAST"]:
                     signature["w_ptr"] = POINTER["fp32"]  # as it is packed
-                epilogue = {k: v for k, v in EPILOGUE.items() if k in plan.kernel.arg_names}
+                epilogue = flags_of(plan)
                 constants = plan.constants | epilogue | unit | {"ASSEMBLY": target.backend == "cuda"}
                 yield Case(plan.kernel, signature, constants, f"{name}, {layout}", dtype)

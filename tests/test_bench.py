@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backstride import fused_ops
 from backstride.bench import bench_conv, bench_networks, bench_rnn, cpu, probe, report, run, timing, tune
 from backstride.bench.__main__ import app
@@ -52,7 +53,7 @@ def test_dry_run():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command times")
 def test_dry_run_fails_if_an_op_is_wrong(monkeypatch):
-    monkeypatch.setattr(fused_ops, "conv1d", lambda *a, **k: 1.001 * torch.nn.functional.conv1d(*a, **k))
+    monkeypatch.setattr(fused_ops, "conv1d", lambda *a, **k: 1.001 * F.conv1d(*a, **k))
     done = CliRunner().invoke(app, ["--quick", "--op", "conv1d"])
     assert done.exit_code == 1
     assert "WRONG" in done.output and "2 of 3 cases are right" in done.output
@@ -75,7 +76,7 @@ def test_unknown_op_is_refused():
 )
 def test_wrong_numbers_are_never_timed(monkeypatch, wrong):
     measured = []
-    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, **k: wrong(torch.nn.functional.conv2d(*a, **k)))
+    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, activation, **k: wrong(F.conv2d(*a, **k).relu()))
     with pytest.raises(GateError):
         run_case(forward_case(), "cpu", measured.append)
     assert measured == []
@@ -92,10 +93,19 @@ def test_a_case_can_be_checked_on_less_data(monkeypatch):
     with pytest.raises(TypeError):
         run_case(dataclasses.replace(large, check=None), "cpu")
     assert run_case(large, "cpu").errors[BASELINE] < 1e-5
-    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, **k: 1.001 * torch.nn.functional.conv2d(*a, **k))
+    monkeypatch.setattr(fused_ops, "conv2d", lambda *a, activation, **k: 1.001 * F.conv2d(*a, **k).relu())
     wrong = dataclasses.replace(large, check=bench_conv.case(LAYER, "forward", torch.float32))
     with pytest.raises(GateError):
         run_case(wrong, "cpu")
+
+
+def test_relu_follows_dense_convolutions_only():
+    for layer, relu in ((LAYER, True), (dataclasses.replace(LAYER, dilation=2, padding=2), False)):
+        case = bench_conv.case(layer, "forward", torch.float32)
+        x, w, b = case.inputs("cpu")
+        for compute in (case.ours, case.theirs):
+            assert (compute(x, w, b).min() < 0) != relu
+        assert case.shape.endswith("ReLU") == relu
 
 
 def test_work_of_a_convolution_by_hand():

@@ -8,6 +8,7 @@ import sys
 import backstride.fused_ops as fused
 import pytest
 import torch
+from backstride.fused_ops.rnn import ops
 from backstride.kernels.rnn import Packing, launch, reference, scan
 from backstride.kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig, choose_config
 from backstride.kernels.rnn.exchange import exchange_probe_kernel
@@ -325,6 +326,33 @@ def test_explain_names_the_regime():
     assert wrong.name == "aten" and "refuses" in wrong.reason
 
 
+@pytest.mark.parametrize("rows", [7, 8, 35])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_weight_gradient_summed_in_parts(monkeypatch, rows, directions):
+    monkeypatch.setattr(ops, "LEAST_ROWS", 4)
+    previous, v = (random(rows, 1, directions, 3, dtype=torch.float32, seed=seed) for seed in range(2))
+    torch.testing.assert_close(ops._matrix_gradient(previous, v), torch.einsum("tbdi,tbdj->dij", previous, v))
+
+
+def gradient_scales(module, x):
+    """What the terms of each parameter's gradient by the sum of output and h_n add up to without their signs."""
+    scales = []
+    for d in range(2 if module.bidirectional else 1):
+        w_ih, w_hh, b_ih, b_hh = module.all_weights[d]
+        rows = x if d == 0 else x.flip(0)
+        h = x.new_zeros(x.shape[1], module.hidden_size)
+        before, sums, states = [], [], []
+        for row in rows:
+            before.append(h.detach())
+            sums.append(row @ w_ih.T + b_ih + h @ w_hh.T + b_hh)
+            h = sums[-1].tanh()
+            states.append(h)
+        gradients = torch.stack(torch.autograd.grad(torch.stack(states).sum() + h.sum(), sums)).abs().flatten(0, 1)
+        bias = gradients.sum(0)
+        scales += [gradients.T @ rows.abs().flatten(0, 1), gradients.T @ torch.cat(before).abs(), bias, bias]
+    return scales
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -353,8 +381,9 @@ def test_sizes_of_every_regime(batch, hidden, bidirectional, dtype):
         output, h_n = module(input)
         grads = torch.autograd.grad(output.sum() + h_n.sum(), list(module.parameters()))
         every.append([output, h_n, *grads])
-    for a, b, c in zip(*every, strict=True):
-        assert_as_exact_as(a, b, c.cpu(), c.abs().cpu())
+    every.append([each.abs() for each in every[-1][:2]] + gradient_scales(exact, x.double()))
+    for a, b, c, scale in zip(*every, strict=True):
+        assert_as_exact_as(a, b, c.cpu(), scale.cpu())
 
 
 @pytest.mark.gpu

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import depthwise
-from ..dispatch import ATEN, REFUSED, Path, autocast, autocasts, explained_by, kernel_path
-from . import ops
+from ...kernels.conv import Geometry
+from ..dispatch import ATEN, REFUSED, Path, autocast, autocast_dtype, autocasts, explained_by, kernel_path
+from . import dense, ops
 from . import out as given
+
+LIBRARY = Path(ATEN, "the products are dense, for which cuDNN is faster; bias, residual and ReLU are one kernel's pass")
 
 IntOrTuple = int | Sequence[int]
 
@@ -92,9 +95,14 @@ def _per_axis(value: Any, axes: int, smallest: int) -> tuple[int, ...]:
 
 
 def _check_tensors(input: Any, weight: Any, bias: Any) -> None:
+    """A network's layers meet inputs that autocast has cast, and weights that it has not: what counts is the dtype that
+    they will have."""
     _require(isinstance(input, Tensor) and isinstance(weight, Tensor))
     for other in (weight, bias):
-        _require(other is None or (other.dtype == input.dtype and other.device == input.device))
+        if other is not None and (other.dtype != input.dtype or other.device != input.device):
+            _require(other.device == input.device and autocasts(input))
+            device = input.device.type
+            _require(autocast_dtype(other, device) == autocast_dtype(input, device))
 
 
 def _is_batched(axes: int, x: Any, weight: Any, groups: Any) -> bool:
@@ -217,11 +225,14 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
         call, path = _plan(bind, axes, *(arguments[name] for name in names))
         if call is None:
             return path
-        out = arguments.get("out")
+        device, out = call.x.device.type, arguments.get("out")
+        x, weight = autocast(call.x, device), autocast(arguments["weight"], device)
         if out is not None:
             given.check_shape(out, call.shape)
             out = out if call.batched else out.unsqueeze(0)
-        note = ops.launch_note(bind is _bind_transposed, call.x, arguments["weight"], *call[3:], out=out)
+        elif ops.is_library_better(bind is _bind_transposed, x, weight, *call[4:]):
+            return LIBRARY
+        note = ops.launch_note(bind is _bind_transposed, x, weight, *call[3:], out=out)
         return Path(path.name, f"{path.reason}; {note}") if note else path
 
     return plan
@@ -278,6 +289,13 @@ def _run(
     if residual is not None:
         _check_residual(residual, call.shape, x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
+    elif out is None and ops.is_library_better(bind is _bind_transposed, x, weight, *call[4:]):
+        if not relu:
+            return function(*arguments)
+        geometry = Geometry(*call[4:])
+        if bind is _bind_conv and dense.takes(x, weight, bias, call.output_size, geometry):
+            y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
+            return y if call.batched else y.squeeze(0)
     if out is not None:
         given.check(out, call.shape, x.dtype, x.device)
         # What stands for its negative can't be written as it lies.

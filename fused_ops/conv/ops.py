@@ -19,14 +19,23 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import conv as kernels
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
+from ...kernels.conv.access import layout_of
 from ..dispatch import ATEN, kernel_path
-from ..registration import Function, differentiable, memory_format, uses_tf32, with_strides_of
+from ..registration import (
+    Function,
+    below_autograd,
+    differentiable,
+    launches,
+    memory_format,
+    uses_tf32,
+    with_strides_of,
+)
+from . import aten
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
@@ -65,44 +74,6 @@ def _tf32(x: Tensor) -> bool:
     return uses_tf32(x, "conv")
 
 
-def _aten_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    natural = [(i + 2 * p - span) // s + 1 for i, p, span, s in zip(x.shape[2:], padding, spans, stride, strict=True)]
-    if natural != list(out):
-        x, padding = _pad_to(x, out, geometry, spans), [0] * len(out)
-    zero = [0] * len(out)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, zero, groups)
-
-
-def _pad_to(x: Tensor, out: Sequence[int], geometry: Geometry, spans: Sequence[int]) -> Tensor:
-    """x with exactly the zeros in front and behind that `out` output pixels read."""
-    pads = []
-    for i, o, s, p, span in zip(x.shape[2:], out, geometry.stride, geometry.padding, spans, strict=True):
-        pads = [p, (o - 1) * s + span - p - i, *pads]
-    return F.pad(x, pads)
-
-
-def _aten_conv_transpose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Sequence[int], geometry: Geometry
-) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    natural = [
-        (i - 1) * s - 2 * p + d * (k - 1) + 1
-        for i, s, p, d, k in zip(x.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
-    ]
-    extra = [o - size for o, size in zip(out, natural, strict=True)]
-    if all(0 <= e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
-        return torch.convolution(x, weight, bias, stride, padding, dilation, True, extra, groups)
-    zero = [0] * len(out)
-    full = torch.convolution(x, weight, None, stride, zero, dilation, True, zero, groups)
-    pads = []
-    for o, size, p in zip(out, full.shape[2:], padding, strict=True):
-        pads = [-p, o + p - size, *pads]
-    y = F.pad(full, pads)
-    return y if bias is None else y + bias.view(-1, *[1] * len(out))
-
-
 def _empty_result(transposed: bool, x: Tensor, weight: Tensor, output_size: Sequence[int], groups: int) -> Tensor:
     return _empty(x, weight.shape[1] * groups if transposed else weight.shape[0], output_size, (x, weight))
 
@@ -122,13 +93,44 @@ def _forward(
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if kernel_path(x).name == ATEN:
-        aten = _aten_conv_transpose if transposed else _aten_conv
-        y = aten(x, weight, bias, output_size, geometry)
+        y = (aten.conv_transpose if transposed else aten.conv)(x, weight, bias, output_size, geometry)
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).contiguous(memory_format=memory_format(x, weight))
+    if aten.is_better_forward(transposed, x, weight.shape[2:], geometry):
+        return _library_forward(transposed, x, weight, bias, residual, output_size, geometry, relu)
     y = _empty_result(transposed, x, weight, output_size, groups)
     residual = None if residual is None else with_strides_of(y, residual)
     _launch(transposed, x, weight, bias, residual, y, geometry, relu)
+    return y
+
+
+def _library_forward(
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_size: Sequence[int],
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """The products by cuDNN, and the epilogue in one pass.
+
+    cuDNN has one of its own, with ReLU, that takes no time (bench/results/library_or_kernel_nvidia-h200.csv). Whether
+    NaN comes through it, as here it has to, is not known.
+    """
+    form = memory_format(x, weight)
+    channels = weight.shape[1] if transposed else weight.shape[0]
+    staged = form == torch.contiguous_format and aten.is_better_channels_last(x, channels, _tf32(x))
+    operand = kernels.to_channels_last(x) if staged else x
+    product = (aten.conv_transpose if transposed else aten.conv)(operand, weight, None, output_size, geometry)
+    if staged:
+        y = _empty_result(transposed, x, weight, output_size, geometry.groups)
+        kernels.from_channels_last(product, y)
+    else:
+        y = product.contiguous(memory_format=form)
+    if bias is not None or residual is not None or relu:
+        kernels.add_epilogue(y, bias, None if residual is None else with_strides_of(y, residual), relu=relu)
     return y
 
 
@@ -146,6 +148,20 @@ def _launch(
     family = kernels_for(weight.shape, geometry.groups)
     launch = family.apply_transposed if transposed else family.apply
     launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
+
+
+def is_library_better(
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether cuDNN computes the products of these arguments."""
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return aten.is_better_forward(transposed, x, weight.shape[2:], geometry)
 
 
 def launch_note(
@@ -181,25 +197,13 @@ def _conv_weight_grad(
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     weight = _empty_weight(x, y, kernel_size, groups)
-    if kernel_path(x).name != ATEN:
-        kernels_for(weight.shape, groups).weight_grad(x, y, weight, geometry, tf32=_tf32(x))
-        return weight
-    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
-    zero = [0] * len(kernel_size)
-    gradient = torch.ops.aten.convolution_backward(
-        y,
-        _pad_to(x, y.shape[2:], geometry, spans),
-        weight,
-        None,
-        stride,
-        zero,
-        dilation,
-        False,
-        zero,
-        groups,
-        (False, True, False),
-    )[1]
-    return gradient.contiguous(memory_format=memory_format(x, y))
+    if kernel_path(x).name == ATEN or aten.is_better(x, kernel_size, geometry):
+        form = memory_format(x, y)
+        if form == torch.contiguous_format and x.is_cuda and aten.is_better_channels_last(x, y.shape[1], _tf32(x)):
+            x, y = kernels.to_channels_last(x), kernels.to_channels_last(y)
+        return aten.weight_grad(x, y, weight, geometry).contiguous(memory_format=form)
+    kernels_for(weight.shape, groups).weight_grad(x, y, weight, geometry, tf32=_tf32(x))
+    return weight
 
 
 def _conv_transpose_concat(
@@ -247,9 +251,28 @@ def _(x, skip, weight, bias, output_size, stride, padding, dilation, groups, rel
     return _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
 
 
+_conv_below = below_autograd(registered.conv.default, partial(_forward, False))
+_conv_transpose_below = below_autograd(registered.conv_transpose.default, partial(_forward, True))
+_weight_grad_below = below_autograd(registered.conv_weight_grad.default, _conv_weight_grad)
+_concat_below = below_autograd(registered.conv_transpose_concat.default, _conv_transpose_concat)
+
+
 def _through_relu(grad: Tensor, y: Tensor | None) -> Tensor:
     """Gradient in front of the ReLU whose output is y; y is None where there is none."""
     return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+
+
+def _through_epilogue(grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The same, and with `bias` the gradient by the bias, in one pass."""
+    if kernel_path(grad).name != ATEN and grad.numel() and (bias or y is not None) and launches((grad, y)):
+        before = None if y is None else torch.empty_like(y)
+        tensors = (grad,) if y is None or before is None else (grad, y, before)
+        # An expanded gradient is walked neither way.
+        if kernels.channels_are_lanes(*map(layout_of, tensors)) is not None:
+            sums = kernels.epilogue_grad(grad, y, before, sums=bias)
+            return grad if before is None else before, sums
+    grad = _through_relu(grad, y)
+    return grad, grad.sum([0, *range(2, grad.dim())]) if bias else None
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
@@ -270,13 +293,12 @@ class _Settings:
 def _gradients(
     settings: _Settings, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of X x + bias, or with `transposed` of X^T x + bias, by x, weight and bias, where needed."""
+    """Gradients of X x, or with `transposed` of X^T x, by x and weight, where needed."""
     wide, narrow = (grad, x) if settings.transposed else (x, grad)
     input_grad = conv if settings.transposed else conv_transpose
     return [
         input_grad(grad, weight, None, None, x.shape[2:], *settings.geometry, False) if needs[0] else None,
         conv_weight_grad(wide, narrow, weight.shape[2:], *settings.geometry) if needs[1] else None,
-        grad.sum([0, *range(2, grad.dim())]) if needs[2] else None,
     ]
 
 
@@ -303,9 +325,8 @@ class _Conv(Function):
 
     @staticmethod
     def forward(x, weight, bias, residual, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        op = registered.conv_transpose.default if settings.transposed else registered.conv.default
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(x, weight, bias, residual, settings.size, *settings.geometry, settings.relu)
+        op = _conv_transpose_below if settings.transposed else _conv_below
+        return op(x, weight, bias, residual, settings.size, *settings.geometry, settings.relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -317,10 +338,10 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, y = ctx.saved_tensors
-        grad = _through_relu(grads[0], y)
         needs = ctx.needs_input_grad
+        grad, grad_bias = _through_epilogue(grads[0], y, needs[2])
         gradients = _gradients(ctx.settings, grad, x, weight, needs)
-        return (*gradients, grad if needs[3] else None, None)
+        return (*gradients, grad_bias, grad if needs[3] else None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -337,9 +358,7 @@ class _ConvTransposeConcat(Function):
 
     @staticmethod
     def forward(x, skip, weight, bias, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            op = registered.conv_transpose_concat.default
-            return op(x, skip, weight, bias, settings.size, *settings.geometry, settings.relu)
+        return _concat_below(x, skip, weight, bias, settings.size, *settings.geometry, settings.relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -353,8 +372,9 @@ class _ConvTransposeConcat(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad_up = _through_relu(grads[0][:, ctx.split :], None if y is None else y[:, ctx.split :])
-        grad_x, grad_weight, grad_bias = _gradients(ctx.settings, grad_up, x, weight, (needs[0], needs[2], needs[3]))
+        y_up = None if y is None else y[:, ctx.split :]
+        grad_up, grad_bias = _through_epilogue(grads[0][:, ctx.split :], y_up, needs[3])
+        grad_x, grad_weight = _gradients(ctx.settings, grad_up, x, weight, (needs[0], needs[2]))
         grad_skip = grads[0][:, : ctx.split] if needs[1] else None
         return grad_x, grad_skip, grad_weight, grad_bias, None
 
@@ -380,8 +400,7 @@ class _ConvWeightGrad(Function):
 
     @staticmethod
     def forward(x, y, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            return registered.conv_weight_grad.default(x, y, settings.size, *settings.geometry)
+        return _weight_grad_below(x, y, settings.size, *settings.geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

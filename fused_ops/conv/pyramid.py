@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels import conv as kernels
 from ..dispatch import ATEN, Path, autocast, autocasts, explained_by, kernel_path
-from . import batching, ops
+from . import aten, batching, ops
 from .functional import _is_relu
 from .ops import library, registered
 
@@ -42,7 +42,7 @@ def _forward(
     y = _empty(x, weights)
     if kernel_path(x).name == ATEN:
         parts = [
-            ops._aten_conv(x, weight, bias, x.shape[2:], geometry)
+            aten.conv(x, weight, bias, x.shape[2:], geometry)
             for weight, bias, geometry in itertools.zip_longest(weights, biases, geometries)
         ]
         torch.cat(parts, dim=1, out=y)
@@ -118,7 +118,8 @@ class _AtrousPyramid(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, y, *weights = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
-        grad = ops._through_relu(grads[0], y)
+        need_biases = needs[len(weights) :]
+        grad, grad_bias = ops._through_epilogue(grads[0], y, any(need_biases))
         channels = [weight.shape[0] for weight in weights]
         parts = grad.split(channels, dim=1)
         grad_x, grad_weights = None, []
@@ -128,10 +129,7 @@ class _AtrousPyramid(torch.autograd.Function):
             if need_x:
                 grad_x = ops.conv_transpose(part, weight, None, grad_x, x.shape[2:], *geometry, False)
             grad_weights.append(ops.conv_weight_grad(x, part, weight.shape[2:], *geometry) if need_weight else None)
-        need_biases = needs[len(weights) :]
-        grad_biases: Sequence[Tensor | None] = [None] * len(need_biases)
-        if any(need_biases):
-            grad_biases = grad.sum([0, *range(2, grad.dim())]).split(channels)
+        grad_biases = [None] * len(need_biases) if grad_bias is None else grad_bias.split(channels)
         return grad_x, None, *grad_weights, *grad_biases
 
     @staticmethod

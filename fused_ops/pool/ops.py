@@ -24,7 +24,7 @@ from torch import Tensor
 from ...kernels import pool as kernels
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, kernel_path
-from ..registration import Function, differentiable, memory_format, with_strides_of
+from ..registration import Function, below_autograd, differentiable, memory_format, with_strides_of
 
 _WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
@@ -150,6 +150,12 @@ def _(y, index, output_size):
     return _empty(y, output_size)
 
 
+_pool_below = below_autograd(registered.max_pool.default, _max_pool)
+_spread_below = below_autograd(registered.max_pool_spread.default, _max_pool_spread)
+_pick_below = below_autograd(registered.max_pool_pick.default, _max_pool_pick)
+_unpool_below = below_autograd(registered.max_unpool.default, _max_unpool)
+
+
 @dataclass(frozen=True)
 class _Settings:
     """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
@@ -164,8 +170,7 @@ class _MaxPool(Function):
 
     @staticmethod
     def forward(x, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            return registered.max_pool.default(x, *settings.windows, settings.size, settings.flag)
+        return _pool_below(x, *settings.windows, settings.size, settings.flag)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -194,9 +199,7 @@ class _Spread(Function):
 
     @staticmethod
     def forward(y, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            op = registered.max_pool_spread.default
-            return op(y, index, *settings.windows, settings.size, settings.flag)
+        return _spread_below(y, index, *settings.windows, settings.size, settings.flag)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -220,8 +223,7 @@ class _Pick(Function):
 
     @staticmethod
     def forward(x, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            return registered.max_pool_pick.default(x, index, *settings.windows)
+        return _pick_below(x, index, *settings.windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -250,8 +252,7 @@ class _MaxUnpool(Function):
 
     @staticmethod
     def forward(y, index, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch._C._AutoDispatchBelowAutograd():
-            return registered.max_unpool.default(y, index, settings.size)
+        return _unpool_below(y, index, settings.size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

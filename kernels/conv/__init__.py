@@ -15,17 +15,24 @@ pixels that the same taps reach, so that no padding is multiplied; the third alw
 the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
 """
 
+from .epilogue import add_epilogue, channels_are_lanes, epilogue_grad
 from .launch import apply, apply_transposed, describe, weight_grad
 from .plan import Geometry
 from .pyramid import apply_pyramid, describe_pyramid, same_geometry
+from .transpose import from_channels_last, to_channels_last
 
 __all__ = [
     "Geometry",
+    "add_epilogue",
     "apply",
     "apply_pyramid",
     "apply_transposed",
+    "channels_are_lanes",
     "describe",
     "describe_pyramid",
+    "epilogue_grad",
+    "from_channels_last",
     "same_geometry",
+    "to_channels_last",
     "weight_grad",
 ]

@@ -27,14 +27,14 @@ class ConvConfig:
     num_stages: int
 
 
-def _block(size: int, smallest: int, largest: int) -> int:
+def block_of(size: int, smallest: int, largest: int) -> int:
     """Smallest power of two that holds `size`, within limits."""
     return min(max(1 << (size - 1).bit_length(), smallest), largest)
 
 
 def _thrifty_block(size: int, smallest: int, largest: int) -> int:
     """Largest power of two within limits that pads `size` to at most 5/4 of what the smallest pads it to."""
-    block = _block(size, smallest, largest)
+    block = block_of(size, smallest, largest)
     while 4 * -(-size // block) * block > 5 * -(-size // smallest) * smallest:
         block //= 2
     return block
@@ -61,21 +61,22 @@ def choose_config(
     """
     if itemsize == 8:
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
-        return ConvConfig(_block(m, 16, 128), _block(n, 16, 128), _block(k, 16, 128), 4, 1)
+        return ConvConfig(block_of(m, 16, 128), block_of(n, 16, 128), block_of(k, 16, 128), 4, 1)
     least = device.matrix_columns
     if not tensor_cores:
-        return ConvConfig(_block(m, 16, 64 if wide else 32), _block(n, least, 32), 16, 4, 3)
-    block_n = _block(n, least, 128 if wide else 64)
+        return ConvConfig(block_of(m, 16, 64 if wide else 32), block_of(n, least, 32), 16, 4, 3)
+    block_n = block_of(n, least, 128 if wide else 64)
     if not wide and block_n == 8:
         # As few columns leave registers for more rows; a warp's instruction has 16 of them.
         block_m = _thrifty_block(m, 16, 128)
         return ConvConfig(block_m, 8, 16, block_m // 16, 3)
-    block_m = _block(m, 16, 128)
+    block_m = block_of(m, 16, 128)
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
     while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:
         block_m //= 2
     if not wide:
-        return ConvConfig(block_m, block_n, 16, 8, 3)
+        # In TF32 operands are rounded in registers, for which the largest tile leaves none on Ampere.
+        return ConvConfig(min(block_m, 64) if itemsize == 4 else block_m, block_n, 16, 8, 3)
     block_k = _thrifty_block(k, 16, 128 // itemsize)
     num_warps = 8 if block_m * block_n >= (128 * 128 if channels_last else 64 * 128) else 4
     tiles = -(-m // block_m) * -(-n // block_n) * parts

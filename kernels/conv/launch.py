@@ -14,6 +14,7 @@ from .access import layout_of
 from .plan import ConvPlan, Geometry
 from .plan_forward import plan_apply, plan_apply_transposed
 from .plan_weight_grad import plan_weight_grad
+from .tf32 import round_to_tf32
 from .transpose import empty_channels_last, from_channels_last, to_channels_last
 from .weight_grad import reduce_splits_kernel
 
@@ -63,11 +64,14 @@ def _launch_forward(
         weight = weight.unflatten(2 + 2 * axis, (-1, residues))
     if plan.axes not in IN_ORDER:
         weight = _permuted(weight, plan.axes)
+    weight = weight.contiguous()
+    if plan.rounds:
+        weight = round_to_tf32(weight)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(
             x,
-            weight.contiguous(),
+            weight,
             bias,
             residual,
             y,
@@ -177,4 +181,6 @@ def weight_grad(
         device_of(x),
     )
     x, y = (to_channels_last(tensor) if copy else tensor for tensor, copy in zip((x, y), plan.copies, strict=True))
+    if plan.rounds:  # the second operand
+        x, y = (x, round_to_tf32(y)) if plan.constants["SWAP"] else (round_to_tf32(x), y)
     launch_split(plan, x, y, weight)

@@ -37,6 +37,11 @@ class ConvPlan(Plan):
     table: zones.Table | None = None  # of the zones, where the launch goes over zones
     note: str = ""  # for people
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the operand that the kernel reads from shared memory is rounded to TF32 first."""
+        return self.constants["PRECISION"] == "tf32"
+
 
 def channels_innermost(weight: Sequence[int]) -> tuple[int, ...]:
     """The axes (A, *kernel, B): a weight in channels_last lies so already, and one of a single tap any way."""

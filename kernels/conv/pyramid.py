@@ -26,6 +26,7 @@ from .plan import (
     uses_tensor_cores,
 )
 from .plan_forward import zones_plan
+from .tf32 import round_to_tf32
 from .transpose import empty_channels_last, from_channels_last, to_channels_last
 
 
@@ -146,10 +147,11 @@ def apply_pyramid(
     target, y = y, empty_channels_last(y) if plan.staged else y
     table = zones.on_device(plan.table, x.device)
     bias = torch.cat(list(biases)) if biases else None
+    weight = round_to_tf32(_pack_weights(weights)) if plan.rounds else _pack_weights(weights)
     with device_guard(x):
         plan.launch(
             x,
-            _pack_weights(weights),
+            weight,
             bias,
             None,
             y,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..runtime import Plan, device_guard
+from .config import block_of
 
 LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
 TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer
@@ -48,16 +49,12 @@ def transpose_kernel(
     tl.store(y_ptr + offs_y[:, None] + offs_r[None, :], tl.trans(x), mask=mask_c[:, None] & mask_r[None, :])
 
 
-def _block(size: int, largest: int) -> int:
-    return min(max(1 << (size - 1).bit_length(), 16), largest)
-
-
 @lru_cache(maxsize=1024)
 def _plan(shape: tuple[int, int, int], x_strides: tuple[int, int], y_strides: tuple[int, int]) -> Plan:
     batch, rows, columns = shape
-    block_c = _block(columns, LONGEST)
-    block_r = _block(rows, TILE // block_c)
-    block_c = _block(columns, TILE // block_r)
+    block_c = block_of(columns, 16, LONGEST)
+    block_r = block_of(rows, 16, TILE // block_c)
+    block_c = block_of(columns, 16, TILE // block_r)
     constants = {
         "X_VEC": math.gcd(16, columns, *x_strides),
         "Y_VEC": math.gcd(16, rows, *y_strides),

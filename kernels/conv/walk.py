@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tile import dot, in_bounds, inside, outer_and, outer_column, outer_row, outer_sum, rows_by_columns
+from .tf32 import rounded
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def walk(
             meets = _meets(bits, tap[3], pixel, tap, hops, sizes, NDIM, BITS)
         x = tl.load(x_ptrs + x_offset, mask=outer_and(meets, mask_k, X_LAST), other=0.0)
         w = tl.load(w_ptrs + w_offset, mask=mask_k[:, None], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        acc = dot(rounded(rows_by_columns(x, X_LAST), PRECISION), w, acc, PRECISION, UPCAST)
         if SEVERAL:
             c, tap, ends = _advance(c, tap, C, taps, NDIM, BLOCK_K)
             x_offset += _jump(x_jumps, ends, NDIM, X_VEC)
@@ -200,5 +201,5 @@ def walk_flat(
             )
         x = tl.load(outer_sum(x_ptrs, offs, X_LAST), mask=mask_x, other=0.0)
         w = tl.load(w_ptrs[None, :] + k[:, None], mask=mask_k[:, None], other=0.0)
-        acc = dot(rows_by_columns(x, X_LAST), w, acc, PRECISION, UPCAST)
+        acc = dot(rounded(rows_by_columns(x, X_LAST), PRECISION), w, acc, PRECISION, UPCAST)
     return acc

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tile import divide_by, divisor, dot, inside, outer_row, outer_sum, rows_by_columns
+from .tf32 import rounded
 from .tile import CHANNEL_STRIDES, RUNTIME
 from .walk import within
 
@@ -220,7 +221,7 @@ def conv_weight_grad_kernel(
         x = rows_by_columns(x, X_LAST)
         y = rows_by_columns(y, Y_LAST)
         left = x if SWAP else y
-        acc = dot(tl.trans(left), y if SWAP else x, acc, PRECISION, UPCAST)
+        acc = dot(rounded(tl.trans(left), PRECISION), y if SWAP else x, acc, PRECISION, UPCAST)
         first += BLOCK_K
         x_at += tl.multiple_of(BLOCK_K * SW * x_w, X_VEC)
         y_at += tl.multiple_of(BLOCK_K * y_w, Y_VEC)

@@ -1,4 +1,4 @@
-"""Launch configurations of the pooling kernels: data, and a pure function that chooses. Not measured on a GPU yet."""
+"""Launch configurations of the pooling kernels: data, and a pure function that chooses."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -3,10 +3,9 @@
 import math
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv2d, Ops, UpConvConcat2d
+from ..layers import Conv2d, Ops, UpConvConcat2d, halve
 
 Padding = Literal["valid", "same"]
 
@@ -23,7 +22,7 @@ class UNet(nn.Module):
     padding: "valid" as published, for any height and width of the form s = 16n + 12 (188, ..., 572 -> 388).
         "same" pads each 3x3 convolution with zeros: the output is as large as the input, a multiple of 16.
     depth: 4 as published; in general the multiple above is 2^depth.
-    ops: "fused" computes the convolutions with backstride.fused_ops, "torch" with torch.nn.functional.
+    ops: "fused" computes convolutions and max-pools with backstride.fused_ops, "torch" with torch.nn.functional.
 
     A size that does not fit raises ValueError naming the next smaller and larger ones that do.
     """
@@ -53,6 +52,7 @@ class UNet(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.depth = depth
+        self.ops: Ops = ops
         self.padding: Padding = padding
         self.alignment = 2**depth
         """Input windows that are shifted by a multiple of this see the max-pools on the same grid."""
@@ -96,7 +96,7 @@ class UNet(nn.Module):
         skips: list[Tensor] = []
         for level, convolutions in enumerate(self.contracting):
             if level > 0:
-                x = F.max_pool2d(x, 2)
+                x = halve(x, self.ops)
             x = convolutions(x)
             if level >= self.depth - 1:
                 x = self.dropout(x)

@@ -144,12 +144,12 @@ def variants(case: Case, device: str, compiled: bool) -> dict[Variant, Callable[
 @contextmanager
 def first_algorithm() -> Iterator[None]:
     """Within, cuDNN takes what it guesses to be fast, and tries nothing: in fp64 that would take seconds a case."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    before = torch._C._get_cudnn_benchmark()  # torch.backends' own context would set TF32 and more, too
+    torch._C._set_cudnn_benchmark(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch._C._set_cudnn_benchmark(before)
 
 
 def gate(case: Case, device: str, compiled: bool = False) -> dict[Variant, float]:

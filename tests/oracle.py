@@ -28,6 +28,11 @@ def assert_as_exact_as(ours: Tensor, theirs: Tensor, oracle: Tensor, scale: Tens
     assert error <= limit, f"{name}: RMS error {error:.3e}, limit {limit:.3e} (torch's own {baseline:.3e})"
 
 
+def to_tf32(tensor: Tensor) -> Tensor:
+    """The nearest numbers with ten bits behind the point, ties away from zero."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def check_forward_and_gradients(ours, theirs, tensors):
     """`ours` and `theirs` are functions of the tensors; compares outputs and all gradients with an fp64 oracle."""
     exact_inputs = to_fp64(*tensors)

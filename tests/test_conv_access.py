@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .cross_compile import printed_by
-from .oracle import both_layouts, check_forward_and_gradients, random_tensors
+from .oracle import both_layouts, check_forward_and_gradients, random_tensors, to_tf32
 
 IMAGES = {
     "dense": lambda: torch.empty(2, 3, 8, 12),
@@ -329,8 +329,6 @@ def test_residues_as_columns(name, dtype, device):
         29, shape, (shape[1], b, *kernel), (b * groups,), (shape[0], b * groups, *out), dtype=dtype, device=device
     )
     x, w, bias, residual = tensors
-    expected = reference.apply_transposed(x.double(), w.double(), out, geometry)
-    expected += bias.double().view(-1, *[1] * axes) + residual.double()
     wide = torch.full((shape[0], b * groups + 3, *out), math.nan, dtype=dtype, device=device)
     part = wide[:, 2:-1]
     for y, tf32 in ((torch.full_like(residual, math.nan), True), (part, False)):
@@ -340,6 +338,9 @@ def test_residues_as_columns(name, dtype, device):
         assert plan.constants["X_LAST"] or plan.constants["X_VEC"] == 1
         assert plan.constants["Y_VEC"] == 1 or padding[-1] == 0
         launch.apply_transposed(x, w, bias, strides_like(y, residual), y, geometry, tf32=tf32)
+        operands = [to_tf32(t) for t in (x, w)] if tf32 and dtype == torch.float32 else [x, w]
+        expected = reference.apply_transposed(*(t.double() for t in operands), out, geometry)
+        expected += bias.double().view(-1, *[1] * axes) + residual.double()
         tolerance = 1e-2 if dtype == torch.float16 or device != "cpu" else 1e-5
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=5 * tolerance, check_stride=False)
     assert wide.isnan().sum() == wide[:, :3].numel()
@@ -384,7 +385,7 @@ def test_weights_of_tf32_lie_along_the_sum(name, device):
     axes = len(shape) - 2
     x, w = random_tensors(28, shape, (shape[1], b, *[kernel] * axes), dtype=torch.float32, device=device)
     geometry = Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, 1)
-    expected = reference.apply_transposed(x.double(), w.double(), out, geometry)
+    expected = reference.apply_transposed(to_tf32(x).double(), to_tf32(w).double(), out, geometry)
     for image, y in both_layouts(x, torch.full((shape[0], b, *out), math.nan, device=device)):
         plan = launch.plan_apply_transposed(layout_of(image), w.shape, layout_of(y), geometry, w.dtype, True, H200)
         assert plan.kernel.__name__ == launched and plan.constants["SUM_LAST"]

@@ -16,7 +16,7 @@ from backstride.kernels.runtime import H200, INTERPRETED, device_of
 from backstride.kernels.tile import quotient, reciprocal
 
 from .modes import kernels_run
-from .oracle import both_layouts, random_tensors
+from .oracle import both_layouts, random_tensors, to_tf32
 
 pytestmark = kernels_run
 
@@ -87,7 +87,7 @@ def test_tf32_takes_both_sides_as_they_lie(kernel, padding, last_x, last_y, devi
     """Channels-first sides with full tiles, and at 1x1 several pixels at once; nothing is copied first."""
     x, y = random_tensors(33, (3, 20, 6, 8), (3, 36, 6, 8), dtype=torch.float32, device=device)
     geometry, weight = Geometry((1, 1), (padding,) * 2, (1, 1), 1), (36, 20, kernel, kernel)
-    expected = reference.weight_grad(x.double(), y.double(), weight[2:], geometry)
+    expected = reference.weight_grad(to_tf32(x).double(), to_tf32(y).double(), weight[2:], geometry)
     x, y = (t.to(memory_format=torch.channels_last) if last else t for t, last in ((x, last_x), (y, last_y)))
     plan = launch.plan_weight_grad(layout_of(x), weight, False, layout_of(y), geometry, x.dtype, True, H200)
     assert not any(plan.copies) and plan.constants["BLOCK_N"] == 32 and plan.constants["BLOCK_K"] == 32

@@ -34,7 +34,7 @@ def round_kernel(x_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr):
     """y = x, rounded."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < NUMEL
-    tl.store(y_ptr + offs, rounded(tl.load(x_ptr + offs, mask=mask), "tf32"), mask=mask)
+    tl.store(y_ptr + offs, rounded(tl.load(x_ptr + offs, mask=mask, other=0.0), "tf32"), mask=mask)
 
 
 @lru_cache(maxsize=1024)

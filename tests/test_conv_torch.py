@@ -97,9 +97,10 @@ def test_gradients(name, index):
     [(name, index) for name, index in EVERY_SAMPLE if index % 2 == 0 and (index < 2 or not name.endswith("3d"))],
 )
 def test_second_gradients(name, index):
-    """Every batched sample in 1-D and 2-D, the first in 3-D: the rest take minutes each, interpreted."""
+    """Every batched sample in 1-D and 2-D, the first in 3-D: the rest take minutes each, interpreted. Undefined
+    gradients once an op: what becomes of them does not depend on sizes."""
     function, tensors = differentiable(name, small(name, samples(name)[index]))
-    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True, check_undefined_grad=index == 0)
 
 
 @fp64_kernels

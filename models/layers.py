@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, plus `residual` if one is given, followed by `activation` (None or "relu").
 
     Takes torch.nn.Conv2d's arguments; [N, C_in, H, W] and a residual [N, C_out, H', W'] -> [N, C_out, H', W'].
-    When `ops` is "fused" all of it is one kernel.
+    When `ops` is "fused", they are computed with the products or, where cuDNN multiplies, together in one pass after.
     """
 
     def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
@@ -60,7 +60,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """torch.nn.ConvTranspose2d, plus `residual` if one is given, followed by `activation` (None or "relu").
 
     Takes torch.nn.ConvTranspose2d's arguments; [N, C_in, h, w] and a residual [N, C_out, H, W] -> [N, C_out, H, W].
-    When `ops` is "fused" all of it is one kernel.
+    When `ops` is "fused", they are computed with the products or, where cuDNN multiplies, together in one pass after.
     """
 
     def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):

@@ -20,7 +20,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 def is_dense(x: Tensor, kernel_size: Sequence[int], geometry: Geometry, transposed: bool = False) -> bool:
     """Whether the products have no groups, no gaps between taps and no zeros between pixels, and, along one axis, 32
-    bits: there cuDNN's main loops are faster than the kernels here, and elsewhere they are not.
+    bits: there cuDNN's main loops are faster than the kernels here, and elsewhere mostly not.
 
     On an H200 up to 2.2 times in bf16, up to 7.5 in TF32 (bench/results/library_or_kernel_nvidia-h200.csv).
     """

@@ -32,10 +32,11 @@ class _ConvRelu(Function):
         grad, grad_bias = ops._through_epilogue(grads[0], y, by_bias)
         staged = x.is_contiguous() and aten.is_better_channels_last(x, weight.shape[0], ops._tf32(x))
         if staged and not torch.is_grad_enabled():
-            innermost = kernels.to_channels_last(grad), kernels.to_channels_last(x)
-            grad_x, grad_weight = aten.gradients(*innermost, weight, ctx.geometry, (by_x, by_weight))
-            if grad_x is not None:
-                innermost, grad_x = grad_x, torch.empty_like(x)
+            sides = kernels.to_channels_last(grad), kernels.to_channels_last(x)
+            innermost, grad_weight = aten.gradients(*sides, weight, ctx.geometry, (by_x, by_weight))
+            grad_x = None
+            if innermost is not None:
+                grad_x = torch.empty_like(x)
                 kernels.from_channels_last(innermost, grad_x)
         else:
             grad_x, grad_weight = aten.gradients(grad, x, weight, ctx.geometry, (by_x, by_weight))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, REFUSED, Path, autocast, autocast_dtype, autocasts, explained_by, kernel_path
-from . import dense, ops
+from . import aten, dense, ops
 from . import out as given
 
 LIBRARY = Path(ATEN, "the products are dense, for which cuDNN is faster; bias, residual and ReLU are one kernel's pass")
@@ -230,7 +230,7 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
         if out is not None:
             given.check_shape(out, call.shape)
             out = out if call.batched else out.unsqueeze(0)
-        elif ops.is_library_better(bind is _bind_transposed, x, weight, *call[4:]):
+        elif aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], Geometry(*call[4:])):
             return LIBRARY
         note = ops.launch_note(bind is _bind_transposed, x, weight, *call[3:], out=out)
         return Path(path.name, f"{path.reason}; {note}") if note else path
@@ -289,10 +289,11 @@ def _run(
     if residual is not None:
         _check_residual(residual, call.shape, x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
-    elif out is None and ops.is_library_better(bind is _bind_transposed, x, weight, *call[4:]):
+    elif out is None and aten.is_better_forward(
+        bind is _bind_transposed, x, weight.shape[2:], geometry := Geometry(*call[4:])
+    ):
         if not relu:
             return function(*arguments)
-        geometry = Geometry(*call[4:])
         if bind is _bind_conv and dense.takes(x, weight, bias, call.output_size, geometry):
             y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
             return y if call.batched else y.squeeze(0)

@@ -150,20 +150,6 @@ def _launch(
     launch(x, weight, bias, residual, y, geometry, relu=relu, tf32=_tf32(x))
 
 
-def is_library_better(
-    transposed: bool,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether cuDNN computes the products of these arguments."""
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    return aten.is_better_forward(transposed, x, weight.shape[2:], geometry)
-
-
 def launch_note(
     transposed: bool,
     x: Tensor,

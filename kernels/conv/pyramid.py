@@ -147,7 +147,9 @@ def apply_pyramid(
     target, y = y, empty_channels_last(y) if plan.staged else y
     table = zones.on_device(plan.table, x.device)
     bias = torch.cat(list(biases)) if biases else None
-    weight = round_to_tf32(_pack_weights(weights)) if plan.rounds else _pack_weights(weights)
+    weight = _pack_weights(weights)
+    if plan.rounds:
+        weight = round_to_tf32(weight)
     with device_guard(x):
         plan.launch(
             x,

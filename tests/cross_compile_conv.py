@@ -11,11 +11,11 @@ from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry, Plan
 from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.pyramid import plan_pyramid
-from backstride.kernels.conv.tf32 import BLOCK, round_kernel
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.transpose import LONGEST, transpose_kernel
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
 from backstride.kernels.runtime import Device
+from backstride.kernels.tf32 import BLOCK, round_kernel
 
 from .cross_compile import DTYPES, POINTER, Case, Target
 

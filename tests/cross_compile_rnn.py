@@ -48,6 +48,7 @@ def _case(
         "offsets_ptr": not packed,
         "factor_ptr": not constants["HAS_FACTOR"],
         "last_ptr": not constants["HAS_LAST"],
+        "state_ptr": constants["PRECISION"] != "tf32",
     }
     constants |= {pointer: None for pointer, missing in absent.items() if missing and pointer in kernel.arg_names}
     pointers = {"offsets_ptr": "*i64", "counter_ptr": "*i32"}

@@ -9,12 +9,12 @@ import torch
 import triton
 
 from ..runtime import Plan, device_guard, device_of
+from ..tf32 import round_to_tf32
 from . import zones
 from .access import layout_of
 from .plan import ConvPlan, Geometry
 from .plan_forward import plan_apply, plan_apply_transposed
 from .plan_weight_grad import plan_weight_grad
-from .tf32 import round_to_tf32
 from .transpose import empty_channels_last, from_channels_last, to_channels_last
 from .weight_grad import reduce_splits_kernel
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from ..runtime import Device, device_guard, device_of
+from ..tf32 import round_to_tf32
 from . import access, zones
 from .access import Layout, layout_of
 from .config import choose_config
@@ -26,7 +27,6 @@ from .plan import (
     uses_tensor_cores,
 )
 from .plan_forward import zones_plan
-from .tf32 import round_to_tf32
 from .transpose import empty_channels_last, from_channels_last, to_channels_last
 
 

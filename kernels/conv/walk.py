@@ -8,8 +8,8 @@ pixel, and rows and columns that are not stored read what is anywhere near inste
 import triton
 import triton.language as tl
 
+from ..tf32 import rounded
 from ..tile import dot, in_bounds, inside, outer_and, outer_column, outer_row, outer_sum, rows_by_columns
-from .tf32 import rounded
 
 
 @triton.jit
@@ -76,12 +76,14 @@ def _meeting_along(start, hop, SIZE, taps, run, MOST: tl.constexpr):
 
 @triton.jit
 def _meeting_taps(pixel, hops, sizes, taps, NDIM: tl.constexpr, MOST: tl.constexpr):
-    """A bit of every tap, in the order of the walk: whether it meets an input pixel."""
+    """A bit of every tap, in the order of the walk: whether it meets an input pixel. The 32nd is the sign."""
     bits = _meeting_along(pixel[2], hops[2], sizes[2], taps[2], 1, MOST[2])
     if NDIM >= 2:
-        bits *= _meeting_along(pixel[1], hops[1], sizes[1], taps[1], taps[2], MOST[1])
+        rows = _meeting_along(pixel[1], hops[1], sizes[1], taps[1], taps[2], MOST[1])
+        bits = tl.mul(bits, rows, sanitize_overflow=False)
     if NDIM == 3:
-        bits *= _meeting_along(pixel[0], hops[0], sizes[0], taps[0], taps[1] * taps[2], MOST[0])
+        planes = _meeting_along(pixel[0], hops[0], sizes[0], taps[0], taps[1] * taps[2], MOST[0])
+        bits = tl.mul(bits, planes, sanitize_overflow=False)
     return bits
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..tf32 import rounded
 from ..tile import divide_by, divisor, dot, inside, outer_row, outer_sum, rows_by_columns
-from .tf32 import rounded
 from .tile import CHANNEL_STRIDES, RUNTIME
 from .walk import within
 

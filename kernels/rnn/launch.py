@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of
+from ..tf32 import round_to_tf32
 from .config import RESIDENT, SHARDED, STEPWISE, RnnConfig, choose_config, columns_in_registers
 from .exchange import COUNTER_LINE
 from .resident import rnn_resident_kernel
@@ -120,16 +121,20 @@ def scan(
     if not weight.is_contiguous():
         weight = weight.contiguous()
     offsets = packing.offsets if packing else None
+    rounds = plan.constants["PRECISION"] == "tf32"
+    if rounds and regime == STEPWISE:
+        weight = round_to_tf32(weight)
+    state = x.new_empty(2, batch, *weight.shape[-3:-1]) if rounds and regime != RESIDENT else None
     with device_guard(x):
         if regime == RESIDENT:
             plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, y, factor, last)
         elif regime == SHARDED:
             tiles, _, directions = plan.grid
             counters = torch.zeros(tiles * directions * COUNTER_LINE, dtype=torch.int32, device=x.device)
-            plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, counters, y, factor, last)
+            plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, counters, state, y, factor, last)
         else:
             for step in range(steps):
-                plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, y, factor, last, more=(step,))
+                plan.launch(x, b_ih, b_hh, gate, first, weight, offsets, state, y, factor, last, more=(step,))
 
 
 @lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..tf32 import rounded
 from ..tile import dot
 from .order import order_k, product_to_memory
 from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
@@ -67,7 +68,7 @@ def rnn_resident_kernel(
     w = tl.reshape(w, [BLOCK_N // (8 * W), BLOCK_N // K, W, 8, K])
     w = tl.reshape(tl.permute(w, (0, 2, 3, 1, 4)), [BLOCK_N, BLOCK_N // K, K])
     E: tl.constexpr = max(1, VECTOR // 4)
-    w = tl.trans(tl.reshape(order_k(w, E), [BLOCK_N, BLOCK_N]))
+    w = rounded(tl.trans(tl.reshape(order_k(w, E), [BLOCK_N, BLOCK_N])), PRECISION)
     state = tl.zeros([BLOCK_B, BLOCK_N], dtype=w.dtype)
     t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     size = size_of(start, end, B, PACKED)
@@ -105,7 +106,7 @@ def rnn_resident_kernel(
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
         store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)
-        state = tl.reshape(y.to(w.dtype), [BLOCK_B // 8, R * W, 8, 4 * V])
+        state = tl.reshape(rounded(y.to(w.dtype), PRECISION), [BLOCK_B // 8, R * W, 8, 4 * V])
         state = tl.reshape(tl.permute(state, (0, 2, 1, 3)), [BLOCK_B, BLOCK_N // K, K])
         state = tl.reshape(order_k(state, E), [BLOCK_B, BLOCK_N])
         previous_size = size

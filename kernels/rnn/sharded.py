@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..tf32 import rounded
 from ..tile import dot
 from .exchange import signal, wait
 from .order import order_k, sum_of_parts
-from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
+from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last, turn
 
 
 @triton.jit
@@ -46,6 +47,7 @@ def rnn_sharded_kernel(
     w_ptr,
     offsets_ptr,
     counter_ptr,
+    state_ptr,
     y_ptr,
     factor_ptr,
     last_ptr,
@@ -78,6 +80,7 @@ def rnn_sharded_kernel(
 
     W = M^T is (D, H, H); a program keeps its BLOCK_N rows of it. Each step begins when all programs (b, *, d) have
     written their part of y_{t-1}; each warp multiplies a WARPS-th of k, so that each number of y_{t-1} is read once.
+    In TF32 what they read is y_{t-1} rounded, in `state_ptr` (2, B, D, H), whose halves take turns.
     """
     pid_b = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -92,7 +95,7 @@ def rnn_sharded_kernel(
     columns = ()
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         w = load_parts(w_ptr, pid_n * BLOCK_N, H, H, c * WARPS * K, H, BLOCK_N, WARPS, K, INNER)
-        columns = columns + (tl.permute(w, (0, 2, 1)),)
+        columns = columns + (tl.permute(rounded(w, PRECISION), (0, 2, 1)),)
     rows = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     units = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     t, start, end = locate(0, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
@@ -130,6 +133,8 @@ def rnn_sharded_kernel(
         wait(counter_ptr, step * shards, ASSEMBLY)
         # All loads before the first product: they wait together.
         before_ptr = y_ptr + (start_before * D + pid_d) * H
+        if PRECISION == "tf32":
+            before_ptr = state_ptr + (turn(step + 1, B) * D + pid_d) * H
         state = ()
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             part = load_parts(before_ptr, pid_b * BLOCK_B, D * H, size_before, c * WARPS * K, H, BLOCK_B, WARPS, K, 8)
@@ -139,8 +144,13 @@ def rnn_sharded_kernel(
             products = dot(state[c], columns[c], products, PRECISION, UPCAST)
         product = sum_of_parts(products, max(1, min(K // 4, BLOCK_B * BLOCK_N // (32 * WARPS))))
         y = apply(product, first, x, bias, gate, rows, size_before, EFFECT, HAS_BIAS)
-        store(y_ptr, y, start, size, rows, units, pid_d, H, D)
-        signal(counter_ptr)
+        if PRECISION == "tf32":
+            store(state_ptr, rounded(y, PRECISION), turn(step, B), size, rows, units, pid_d, H, D)
+            signal(counter_ptr)
+            store(y_ptr, y, start, size, rows, units, pid_d, H, D)
+        else:
+            store(y_ptr, y, start, size, rows, units, pid_d, H, D)
+            signal(counter_ptr)
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
         store_last(last_ptr, y, step, size, next_size, rows, units, pid_d, T, B, H, HAS_LAST)

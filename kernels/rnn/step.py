@@ -33,6 +33,12 @@ def size_of(start, end, B, PACKED: tl.constexpr):
 
 
 @triton.jit
+def turn(step, B):
+    """First row of a step's half of `state_ptr`: the step before may still be read while this one is written."""
+    return B.to(tl.int64) * (step % 2)
+
+
+@triton.jit
 def tanh(z):
     """Exact to rounding everywhere: 1 - 2 / (e^2|z| + 1) has no overflow that matters, but cancels for small z."""
     magnitude = tl.abs(z)

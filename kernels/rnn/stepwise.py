@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..tf32 import rounded
 from ..tile import dot
-from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last
+from .step import RUNTIME, apply, load_bias, load_first, load_inputs, locate, size_of, store, store_last, turn
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "step"])
@@ -16,6 +17,7 @@ def rnn_stepwise_kernel(
     first_ptr,
     w_ptr,
     offsets_ptr,
+    state_ptr,
     y_ptr,
     factor_ptr,
     last_ptr,
@@ -43,7 +45,10 @@ def rnn_stepwise_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y_t = e_t(x_t + y_{t-1} M) for the t of this step; program (b, n, d) has a tile of it. W = M^T is (D, H, H)."""
+    """y_t = e_t(x_t + y_{t-1} M) for the t of this step; program (b, n, d) has a tile of it. W = M^T is (D, H, H).
+
+    In TF32 W is rounded, and so is y_{t-1} in `state_ptr` (2, B, D, H), whose halves take turns.
+    """
     pid_b = tl.program_id(0)
     pid_n = tl.program_id(1)
     pid_d = tl.program_id(2)
@@ -62,16 +67,21 @@ def rnn_stepwise_kernel(
     _, start_before, end_before = locate(tl.maximum(step - 1, 0), pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     size_before = tl.where(step > 0, size_of(start_before, end_before, B, PACKED), 0)
     if step > 0:
-        y_rows = y_ptr + (start_before * D + pid_d) * H + offs_b.to(tl.int64)[:, None] * (D * H)
+        before_ptr = y_ptr + (start_before * D + pid_d) * H
+        if PRECISION == "tf32":
+            before_ptr = state_ptr + (turn(step + 1, B) * D + pid_d) * H
+        before_rows = before_ptr + offs_b.to(tl.int64)[:, None] * (D * H)
         w_rows = w_ptr + pid_d.to(tl.int64) * H * H + offs_n.to(tl.int64)[None, :] * H
         for k in range(0, H, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             state_mask = (rows < size_before) & (offs_k < H)[None, :]
-            state = tl.load(y_rows + offs_k[None, :], mask=state_mask, other=0.0)
+            state = tl.load(before_rows + offs_k[None, :], mask=state_mask, other=0.0)
             w = tl.load(w_rows + offs_k[:, None], mask=(offs_k < H)[:, None] & (units < H), other=0.0)
             product = dot(state, w, product, PRECISION, UPCAST)
     y = apply(product, first, x, bias, gate, rows, size_before, EFFECT, HAS_BIAS)
     store(y_ptr, y, start, size, rows, units, pid_d, H, D)
+    if PRECISION == "tf32":
+        store(state_ptr, rounded(y, PRECISION), turn(step, B), size, rows, units, pid_d, H, D)
     if HAS_FACTOR:
         store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)
     _, next_start, next_end = locate(step + 1, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]

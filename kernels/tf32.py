@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Plan, device_guard
+from .runtime import Plan, device_guard
 
 BLOCK = 1024
 
@@ -24,7 +24,7 @@ def rounded(tile, PRECISION: tl.constexpr):
     if PRECISION == "tf32":
         bits = tile.to(tl.int32, bitcast=True)
         # All but NaN, which would be carried over into a zero; infinity loses again what is added.
-        bits = tl.where(tile == tile, (bits + 0x1000) & -0x2000, bits)
+        bits = tl.where(tile == tile, tl.add(bits, 0x1000, sanitize_overflow=False) & -0x2000, bits)
         tile = bits.to(tl.float32, bitcast=True)
     return tile
 

@@ -11,7 +11,9 @@ from backstride.kernels import conv as kernels
 from backstride.kernels.conv import Geometry
 from backstride.kernels.conv.access import layout_of
 from backstride.kernels.runtime import H200, Device
+from backstride.kernels.tf32 import round_to_tf32
 from torch import Tensor
+from torch.profiler import profile
 
 from .modes import kernels_run
 from .oracle import assert_as_exact_as, both_layouts, check_forward_and_gradients, random_tensors
@@ -160,6 +162,15 @@ def test_autocast_casts_before_it_chooses(monkeypatch, device):
     assert all(y.dtype == torch.bfloat16 for y in results)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_autocast_casts_once(activation, library, device):
+    """What goes to torch's own convolution is cast by it."""
+    x, w, b = random_tensors(5, (1, 16, 4, 4), (4, 16, 3, 3), (4,), dtype=torch.float32, device=device)
+    with profile() as profiler, torch.autocast(device, torch.bfloat16):
+        fused.conv2d(x, w, b, activation=activation)
+    assert sum(event.count for event in profiler.key_averages() if event.key == "aten::_to_copy") == 3
+
+
 def test_autocast_around_a_backward_leaves_its_dtype(library, device):
     x, w = random_tensors(5, (1, 16, 4, 4), (4, 16, 3, 3), dtype=torch.float32, device=device)
     y = fused.conv2d(x.requires_grad_(), w.requires_grad_(), padding=1)
@@ -292,13 +303,13 @@ def test_rounding_to_tf32_keeps_products_unbiased():
 def test_operands_are_rounded_to_tf32():
     x = torch.tensor([1 + 2**-11, 1 + 2**-11 - 2**-20, -1 - 3 * 2**-11, torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
     x = torch.cat([x, torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)])
-    y = kernels.tf32.round_to_tf32(x)
+    y = round_to_tf32(x)
     expected = torch.tensor(
         [1 + 2**-10, 1.0, -1 - 2**-9, torch.inf, -torch.inf, torch.nan, 0.0, -0.0, torch.nan, torch.nan]
     )
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     wide = torch.randn(3, 4, 5, 6)[:, 1:, :, ::2]
-    assert torch.equal(kernels.tf32.round_to_tf32(wide), kernels.tf32.round_to_tf32(wide.contiguous()))
+    assert torch.equal(round_to_tf32(wide), round_to_tf32(wide.contiguous()))
 
 
 def test_weight_gradient_of_the_library_for_asymmetric_padding(library, device):

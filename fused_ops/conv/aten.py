@@ -18,27 +18,42 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
-def is_dense(x: Tensor, kernel_size: Sequence[int], geometry: Geometry, transposed: bool = False) -> bool:
+def is_dense(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> bool:
     """Whether the products have no groups, no gaps between taps and no zeros between pixels, and, along one axis, 32
     bits: there cuDNN's main loops are faster than the kernels here, and elsewhere mostly not.
 
-    On an H200 up to 2.2 times in bf16, up to 7.5 in TF32 (bench/results/library_or_kernel_nvidia-h200.csv).
+    On an H200 up to 2.2 times in bf16, up to 7.5 in TF32 (bench/results/library_or_kernel_nvidia-h200.csv). `dtype`:
+    that of the products, where x is still to be cast.
     """
     if geometry.groups > 1 or (transposed and max(geometry.stride) > 1):
         return False
-    if x.dim() == 3 and x.dtype.itemsize < 4:
+    if x.dim() == 3 and (dtype or x.dtype).itemsize < 4:
         return False
     return all(d == 1 or k == 1 for d, k in zip(geometry.dilation, kernel_size, strict=True))
 
 
-def is_better(x: Tensor, kernel_size: Sequence[int], geometry: Geometry, transposed: bool = False) -> bool:
+def is_better(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> bool:
     """Whether cuDNN computes these products, of the weight gradient or of X^T x."""
-    return x.is_cuda and is_dense(x, kernel_size, geometry, transposed)
+    return x.is_cuda and is_dense(x, kernel_size, geometry, transposed, dtype)
 
 
-def is_better_forward(transposed: bool, x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> bool:
+def is_better_forward(
+    transposed: bool, x: Tensor, kernel_size: Sequence[int], geometry: Geometry, dtype: torch.dtype | None = None
+) -> bool:
     """Whether cuDNN computes X x, or X^T x. X of few channels it does not: of an image's three 0.74 ms, here 0.56."""
-    return (transposed or x.shape[1] >= FEW_CHANNELS) and is_better(x, kernel_size, geometry, transposed)
+    return (transposed or x.shape[1] >= FEW_CHANNELS) and is_better(x, kernel_size, geometry, transposed, dtype)
 
 
 def is_better_channels_last(x: Tensor, channels: int, tf32: bool) -> bool:

@@ -282,21 +282,21 @@ def _run(
         y = _finish_aten(function(*arguments), relu, residual)
         return y if out is None else given.copy_into(out, y, *arguments[:3], residual=residual)
     x, (weight, bias) = call.x, arguments[1:3]
-    if autocasts(x):
-        device = x.device.type
+    device, casting = x.device.type, autocasts(x)
+    dtype, geometry = autocast_dtype(x, device) if casting else x.dtype, Geometry(*call[4:])
+    by_library = residual is None and out is None
+    by_library &= aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], geometry, dtype)
+    if by_library and not relu:
+        return function(*arguments)  # which casts, too
+    if casting:
         x, weight = autocast(x, device), autocast(weight, device)
         bias, residual = autocast(bias, device), autocast(residual, device)
+    if by_library and bind is _bind_conv and dense.takes(x, weight, bias, call.output_size, geometry):
+        y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
+        return y if call.batched else y.squeeze(0)
     if residual is not None:
         _check_residual(residual, call.shape, x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
-    elif out is None and aten.is_better_forward(
-        bind is _bind_transposed, x, weight.shape[2:], geometry := Geometry(*call[4:])
-    ):
-        if not relu:
-            return function(*arguments)
-        if bind is _bind_conv and dense.takes(x, weight, bias, call.output_size, geometry):
-            y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
-            return y if call.batched else y.squeeze(0)
     if out is not None:
         given.check(out, call.shape, x.dtype, x.device)
         # What stands for its negative can't be written as it lies.

@@ -1,5 +1,8 @@
 """Whole networks: forward, loss and backward of one training step, fused against torch.
 
+Each as Python launches it, and again as a CUDA graph: where a network's layers are short, the first is the host's time,
+and only the second the GPU's.
+
 The optimiser's step, alike in both, is left out. fp32 weights throughout; bf16 means autocast, as one trains.
 """
 
@@ -159,12 +162,12 @@ def flop(network: Network) -> int:
     return counter.get_total_flops()
 
 
-def case(network: Network, dtype: torch.dtype) -> Case:
+def case(network: Network, dtype: torch.dtype, replayed: bool = False) -> Case:
     def make(size: tuple[int, ...], check: Case | None, compiled: bool) -> Case:
         return Case(
             "network",
-            "whole networks, training step",
-            network.name,
+            "whole networks, training step" + (" replayed" if replayed else ""),
+            network.name + (", replayed" if replayed else ""),
             "x".join(map(str, size)),
             "forward and backward",
             dtype,
@@ -177,6 +180,7 @@ def case(network: Network, dtype: torch.dtype) -> Case:
             ours=Step(network.build, "fused", joined=check is None),
             theirs=Step(network.build, "torch", joined=check is None),
             compiled=Step(network.build, "torch", joined=False, compiled=True) if compiled else None,
+            replayed=replayed,
             check=check,
         )
 
@@ -184,7 +188,12 @@ def case(network: Network, dtype: torch.dtype) -> Case:
 
 
 def cases(quick: bool, tiny: bool) -> list[Case]:
-    """Every network in bf16 (autocast) and fp32; `quick`: some, in bf16."""
+    """Every network in bf16 (autocast) and fp32, launched and replayed; `quick`: some, in bf16; `tiny`: launched."""
     networks = [n for n in NETWORKS if (n.quick or not quick) and (n.tiny_build or not tiny)]
     dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
-    return [case(network.tiny() if tiny else network, dtype) for dtype in dtypes for network in networks]
+    return [
+        case(network.tiny() if tiny else network, dtype, replayed)
+        for dtype in dtypes
+        for network in networks
+        for replayed in ((False,) if tiny else (False, True))
+    ]

@@ -41,6 +41,7 @@ class Case:
     theirs: Call
     rivals: Mapping[str, Call] = field(default_factory=dict)  # other ways to compute the same, by name
     compiled: Call | None = None  # `theirs` through torch.compile, where that makes anything of it
+    replayed: bool | None = None  # as a CUDA graph; None: where the floor is so low that launching would hide the work
     check: Case | None = None  # the same on less data, compared with fp64 in its stead where fp64 would not fit
 
     def inputs(self, device: str) -> list[Tensor]:

@@ -33,6 +33,7 @@ REGIMES = {
     "vanilla RNN, H > 1024": "vanilla RNN, H > 1024",
     "vanilla RNN, several layers, both directions or packed": "vanilla RNN: layers, directions, packed",
     "whole networks, training step": "whole networks, training step",
+    "whole networks, training step replayed": "whole networks, the same replayed as a CUDA graph",
 }
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 FORWARD = ("forward", "pool and unpool")

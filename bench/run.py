@@ -97,7 +97,9 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
                 processes.compile(left[:CASES_AT_ONCE])
             case = left.pop(0)  # so that its tensors go when it is done
             bar.update(task, description=escape(str(case)[:60]))
-            graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
+            graph = case.replayed
+            if graph is None:
+                graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
             try:
                 result = run_case(case, "cuda", lambda calls, graph=graph: measure(calls, repeats, graph), compiled)
                 mine = report.rows_of(case, result, ceilings, where)

@@ -9,32 +9,10 @@ from .modes import EMULATED  # before Triton
 
 # isort: split
 from backstride.fused_ops.conv import aten
-from triton.runtime import interpreter
 
+from .interpretation import accelerate
 
-def patch_once_a_launch() -> None:
-    """Have Triton prepare its language for a function that a kernel calls when that is called first in a launch.
-
-    It does so in every call, to the same effect, and about a fourth of all interpretation is spent on that.
-    """
-    prepared: set[int] = set()
-    launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
-
-    def launched(self, *arguments, **keywords):
-        prepared.clear()
-        return launch(self, *arguments, **keywords)
-
-    def called(self, *arguments, **keywords):
-        if id(self.fn.__globals__) not in prepared:
-            prepared.add(id(self.fn.__globals__))
-            prepare(self.fn)
-        return self.rewrite()(*arguments, **keywords)
-
-    interpreter.GridExecutor.__call__ = launched
-    interpreter.InterpretedFunction.__call__ = called
-
-
-patch_once_a_launch()
+accelerate()
 
 # One worker per core already fills the machine; torch's own threads on top of that only fight.
 if "PYTEST_XDIST_WORKER" in os.environ:

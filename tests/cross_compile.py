@@ -11,7 +11,7 @@ installed:
 
 A thousand compilations take many minutes, and what Triton makes of the same source, constants and target does not
 change. So a row of the committed table is taken over where its `key`, a hash of exactly these, is still right. Of each
-kernel and target one row, that with the most registers, is compiled all the same.
+kernel one row is compiled all the same, for one of the targets: the one with the most registers there.
 """
 
 from __future__ import annotations
@@ -182,13 +182,13 @@ def table_path() -> Path:
 
 
 def trusted_rows(committed: list[Compiled]) -> dict[tuple[str, str], Compiled]:
-    """By target and key, all rows but the one of each kernel and target with the most registers."""
-    heaviest: dict[tuple[str, str], Compiled] = {}
-    for row in committed:
-        kept = heaviest.setdefault((row.target, row.kernel), row)
-        if row.registers > kept.registers:
-            heaviest[row.target, row.kernel] = row
-    sample = {(row.target, row.key) for row in heaviest.values()}
+    """By target and key, all rows but one of each kernel: of one target, as the kernels take turns with them, that with
+    the most registers."""
+    kernels, targets = sorted({row.kernel for row in committed}), sorted({row.target for row in committed})
+    sample = set()
+    for turn, kernel in enumerate(kernels):
+        rows = [row for row in committed if (row.kernel, row.target) == (kernel, targets[turn % len(targets)])]
+        sample |= {(row.target, row.key) for row in sorted(rows, key=lambda row: -row.registers)[:1]}
     return {(row.target, row.key): row for row in committed if (row.target, row.key) not in sample}
 
 

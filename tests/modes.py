@@ -4,6 +4,9 @@ Triton decides whether it interprets when it is imported, so this has to come be
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +21,12 @@ kernels_run = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" and not EMULATED and not torch.cuda.is_available(),
     reason="the kernels run on a GPU, interpreted or emulated",
 )
+
+
+def run_compiled(module: str, interpreted: str) -> None:
+    """Run this module of the tests in a process of its own: torch.compile patches Triton, which the interpreter has
+    patched already, and whether that runs is decided at import."""
+    environment = os.environ | {"TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", f"tests.{module}"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]

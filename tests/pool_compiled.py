@@ -11,6 +11,8 @@ from backstride.kernels.runtime import INTERPRETED
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 
+from .interpretation import accelerate
+
 
 class ByIndices(nn.Module):
     """Pooling with indices and the way back, overlapping windows, a dilated pooling without indices before."""
@@ -94,6 +96,7 @@ def check_offsets_of_every_sample():
 
 
 if __name__ == "__main__":
+    accelerate()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     both = torch.contiguous_format, torch.channels_last

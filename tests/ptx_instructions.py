@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import ptx_matrix
-from .ptx import DTYPES, Address, Immediate, Statement, Vector
+from .ptx import DTYPES, Address, Immediate, Operand, Statement, Vector
 
 if TYPE_CHECKING:
     from .ptx_machine import Lanes, Machine
@@ -88,6 +88,27 @@ def _unordered(a: Any, b: Any) -> Any:
     return (a != a) | (b != b)
 
 
+def _to_16_bits(values: Any, kind: str) -> np.ndarray:
+    """The bits of the nearest bf16 or fp16."""
+    return round_to_bf16(values) if kind == "bf16" else np.asarray(values, np.float16).view(np.uint16)
+
+
+def _elementwise(
+    machine: Machine, to: Operand, operands: Sequence[Operand], kind: str, function: Callable[..., Any], lanes: Lanes
+) -> None:
+    """to = function of the operands; of 16-bit numbers in pairs, each of them."""
+    if kind in ("f16x2", "bf16x2"):
+        registers = [machine.read(o, "u32", lanes) for o in operands]
+        result = np.uint32(0)
+        for shift in (np.uint32(0), np.uint32(16)):
+            halves = (ptx_matrix.halves((each >> shift).astype(np.uint16), kind[:-2]) for each in registers)
+            result = result | _to_16_bits(function(*halves), kind[:-2]).astype(np.uint32) << shift
+        machine.write(to, result, lanes)
+        return
+    values = function(*(machine.read(o, kind, lanes) for o in operands))
+    machine.write(to, round_to_bf16(values) if kind == "bf16" else values, lanes)
+
+
 def _binary(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     operation, kind = statement.opcode[0], statement.opcode[-1]
     to, *operands = statement.operands
@@ -97,12 +118,12 @@ def _binary(machine: Machine, statement: Statement, lanes: Lanes) -> None:
         machine.write(to, BINARY[operation](*views).view(np.uint32), lanes)
         return
     execute = {"max": np.maximum, "min": np.minimum}[operation] if "NaN" in statement.opcode else BINARY[operation]
-    machine.write(to, execute(*(machine.read(o, kind, lanes) for o in operands)), lanes)
+    _elementwise(machine, to, operands, kind, execute, lanes)
 
 
 def _unary(machine: Machine, statement: Statement, lanes: Lanes) -> None:
-    to, operand = statement.operands
-    machine.write(to, UNARY[statement.opcode[0]](machine.read(operand, statement.opcode[-1], lanes)), lanes)
+    to, *operands = statement.operands
+    _elementwise(machine, to, operands, statement.opcode[-1], UNARY[statement.opcode[0]], lanes)
 
 
 def _move(machine: Machine, statement: Statement, lanes: Lanes) -> None:
@@ -144,7 +165,7 @@ def _funnel(machine: Machine, statement: Statement, lanes: Lanes) -> None:
 def _multiply(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     """mul and mad of integers: the low half, the high half, or the wide product."""
     operation, part, kind = statement.opcode[0], statement.opcode[1], statement.opcode[-1]
-    if kind[0] == "f":
+    if kind[0] == "f" or kind.startswith("bf16"):
         _binary(machine, statement, lanes)
         return
     to, a, b, *c = statement.operands
@@ -166,7 +187,7 @@ def _multiply(machine: Machine, statement: Statement, lanes: Lanes) -> None:
 
 def _fused(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     to, *operands = statement.operands
-    machine.write(to, _fma(*(machine.read(o, statement.opcode[-1], lanes) for o in operands)), lanes)
+    _elementwise(machine, to, operands, statement.opcode[-1], _fma, lanes)
 
 
 def _div(machine: Machine, statement: Statement, lanes: Lanes) -> None:
@@ -227,12 +248,8 @@ def _convert(machine: Machine, statement: Statement, lanes: Lanes) -> None:
     modes, (target, source) = statement.opcode[1:-2], statement.opcode[-2:]
     to, *operands = statement.operands
     values = [machine.read(o, source, lanes) for o in operands]
-    if target == "bf16x2":
-        high, low = (round_to_bf16(v).astype(np.uint32) for v in values)
-        machine.write(to, high << np.uint32(16) | low, lanes)
-        return
-    if target == "f16x2":
-        high, low = (v.astype(np.float16).view(np.uint16).astype(np.uint32) for v in values)
+    if target in ("f16x2", "bf16x2"):
+        high, low = (_to_16_bits(v, target[:-2]).astype(np.uint32) for v in values)
         machine.write(to, high << np.uint32(16) | low, lanes)
         return
     (value,) = values

@@ -182,6 +182,8 @@ class Machine:
             return
         register = self.registers[operand]
         values = np.asarray(values)
+        if values.dtype.kind == "f" and values.dtype.itemsize != register.dtype.itemsize:
+            raise TypeError(f"{values.dtype} for a register of {8 * register.dtype.itemsize} bits")
         if register.dtype != bool and values.dtype.kind not in "iu":
             values = values.view(f"u{values.dtype.itemsize}")
         if register.dtype != bool:

@@ -4,6 +4,8 @@ import backstride.fused_ops as fused
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
+from .interpretation import accelerate
+
 
 def check(module: fused.RNN, dynamic: bool) -> None:
     def loss(x, h):
@@ -35,6 +37,7 @@ def check_packed() -> None:
 
 
 if __name__ == "__main__":
+    accelerate()
     torch.manual_seed(0)
     check(fused.RNN(3, 5), dynamic=False)
     check(fused.RNN(3, 5, 2, "relu", bidirectional=True, batch_first=True), dynamic=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from backstride.models import cli, demo
 from backstride.models.data.cells import TouchingCells
+from backstride.models.language.hello import learn_hello
 from PIL import Image
 
 from .killed_runs import contents
@@ -165,6 +166,7 @@ def test_demo(tmp_path: Path, monkeypatch, capsys):
     easier = {"width": 8, "depth": 2, "tile": 100, "elastic": 0.0, "border_weight": 0.0, "lr": 0.01}
     config = replace(demo.CONFIG, steps=120, every=60, ops="torch", **easier)
     text_config = replace(demo.TEXT_CONFIG, width=4, steps=100, every=100, ops="torch")
+    monkeypatch.setattr("backstride.models.language.hello.learn_hello", lambda: learn_hello(steps=100, ops="torch"))
     demo.run_demo(tmp_path, cli.console, replace(config, steps=1), replace(text_config, steps=1))
     capsys.readouterr()
     demo.run_demo(tmp_path, cli.console, config, text_config)  # a second demo overwrites the first

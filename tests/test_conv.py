@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import backstride.fused_ops as fused
 import pytest
@@ -21,6 +20,7 @@ from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from .modes import run_compiled
 from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
@@ -30,6 +30,7 @@ TRANSPOSED = {
     3: (fused.conv_transpose3d, F.conv_transpose3d),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHORT = [pytest.param(dtype, marks=pytest.mark.smoke) for dtype in (torch.float32, torch.bfloat16)]
 
 
 @st.composite
@@ -141,8 +142,7 @@ def assert_same_format(ours, theirs):
     assert ours.stride() == theirs.stride()
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*SHORT, torch.float16], ids=str)
 def test_dtypes_and_layouts(layer, dtype, device):
     axes, shape, c_out, kernel, stride, padding, dilation, groups = layer
     ours, theirs = CONV[axes]
@@ -481,12 +481,6 @@ def test_explain_names_path_and_reason():
         fused.explain(F.conv2d, x, w)
 
 
-COMPILED = Path(__file__).with_name("conv_compiled.py")
-
-
-@pytest.mark.parametrize("interpret", ["0", "1"], ids=["aten", "kernels"])
-def test_torch_compile_without_graph_breaks(interpret):
-    """In a process of its own: compiling patches Triton, which the interpreter has patched already."""
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, str(COMPILED)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
+@pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
+def test_torch_compile_without_graph_breaks(interpreted):
+    run_compiled("conv_compiled", interpreted)

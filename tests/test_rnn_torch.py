@@ -1,23 +1,22 @@
 """torch.nn.RNN's own test inputs and complaints: ModuleInfo, gradcheck, packing, parametrised weights, torch.func."""
 
 import copy
-import itertools
-import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import backstride.fused_ops as fused
 import pytest
 import torch
+from backstride.fused_ops import dispatch
+from backstride.fused_ops.rnn import ops
 from backstride.kernels.runtime import INTERPRETED
 from torch import nn
 from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.testing._internal.common_modules import module_db
+
+from .modes import run_compiled
 
 fp64_kernels = pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
 settings = pytest.mark.parametrize(
@@ -213,8 +212,10 @@ def test_last_states_without_gradients(lengths, layers, device):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("op", [fused.rnn_tanh, fused.rnn_relu])
-def test_gradients(op, bidirectional, packed):
-    """First and second derivatives, backward and forward mode, by every input and weight."""
+def test_derivatives(op, bidirectional, packed, monkeypatch):
+    """First and second, backward and forward mode, by every input and weight. The op differentiates as ever, but
+    computes by ATEN, in a hundredth of the interpreter's time; test_rnn.py has the kernels'."""
+    monkeypatch.setattr(ops, "kernel_path", lambda _: dispatch.ON_CPU)
     torch.manual_seed(0)
     module = fused.RNN(2, 3, bidirectional=bidirectional).double()
     hx = torch.randn(1 + bidirectional, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -409,44 +410,6 @@ def test_unbatched(settings):
         torch.testing.assert_close(ours(*arguments), theirs(*arguments))
 
 
-COMPILED = Path(__file__).with_name("rnn_compiled.py")
-
-
-@pytest.mark.parametrize("interpret", ["0", "1"], ids=["aten", "kernels"])
-def test_torch_compile_without_graph_breaks(interpret):
-    """In a process of its own: compiling patches Triton, which the interpreter has patched already."""
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, str(COMPILED)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-
-
-def test_training_steps_are_torchs(device):
-    """Losses of twenty steps from the same weights."""
-    losses = []
-    for module in pair(3, 8, torch.float32, device):
-        torch.manual_seed(1)
-        optimizer = torch.optim.SGD(module.parameters(), 0.1)
-        history = []
-        for _ in range(20):
-            x = torch.randn(5, 4, 3).to(device)
-            loss = (module(x)[0].mean(-1) - x.mean(-1)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0][-1] < losses[0][0]
-
-
-def test_all_combinations_of_settings():
-    """Against torch in fp64: nonlinearity x bias x order x directions x layers x hidden state."""
-    for nonlinearity, bias, batch_first, bidirectional, layers, with_hx in itertools.product(
-        ("tanh", "relu"), (True, False), (True, False), (True, False), (1, 2), (True, False)
-    ):
-        keywords = {"nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first}
-        ours, theirs = pair(3, 4, bidirectional=bidirectional, num_layers=layers, **keywords)
-        x = torch.randn(2, 3, 3, dtype=torch.float64)
-        states = layers * (1 + bidirectional), 2 if batch_first else 3, 4
-        arguments = (x, torch.randn(*states, dtype=torch.float64)) if with_hx else (x,)
-        torch.testing.assert_close(ours(*arguments), theirs(*arguments))
+@pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
+def test_torch_compile_without_graph_breaks(interpreted):
+    run_compiled("rnn_compiled", interpreted)

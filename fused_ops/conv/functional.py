@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
 from ..dispatch import ATEN, REFUSED, Path, autocast, autocast_dtype, autocasts, explained_by, kernel_path
+from ..sizes import remembered
 from . import aten, dense, ops
 from . import out as given
 
@@ -51,33 +52,6 @@ _Sizes = tuple[bool, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tup
 def _require(condition: Any) -> None:
     if not condition:
         raise _Refused
-
-
-def _are_exact(values: Sequence[Any]) -> bool:
-    """Whether no other arguments than the same are equal to them, as 1.0 and True are to 1."""
-    for value in values:
-        kind = type(value)
-        if kind not in _EXACT and not (kind is tuple and all(type(v) is int for v in value)):
-            return False
-    return True
-
-
-_EXACT = frozenset({int, str, torch.Size, type(None)})
-
-
-def _remembered(find: Callable[..., _Sizes]) -> Callable[..., _Sizes]:
-    """`find`, whose answers are kept: what follows from sizes alone is not found anew in every call."""
-    known = lru_cache(maxsize=4096)(find)
-
-    def look_up(*arguments: Any) -> _Sizes:
-        if torch.compiler.is_compiling() or not _are_exact(arguments):
-            return find(*arguments)
-        try:
-            return known(*arguments)
-        except TypeError:  # a symbolic size can't be looked up
-            return find(*arguments)
-
-    return look_up
 
 
 def _per_axis(value: Any, axes: int, smallest: int) -> tuple[int, ...]:
@@ -126,7 +100,7 @@ def _bind_conv(
     return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
 
 
-@_remembered
+@remembered
 def _conv_sizes(
     axes: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> _Sizes:
@@ -164,7 +138,7 @@ def _bind_transposed(
     return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
 
 
-@_remembered
+@remembered
 def _transposed_sizes(
     axes: int,
     x: Any,

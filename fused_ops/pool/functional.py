@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, REFUSED, Path, explained_by, kernel_path
+from ..sizes import remembered
 from . import ops
 
 IntOrTuple = int | Sequence[int]
@@ -23,40 +24,49 @@ class _Call(NamedTuple):
 
     x: Tensor
     batched: bool
-    windows: tuple[list[int], list[int], list[int], list[int]]
-    size: list[int]  # of the result
+    windows: Windows
+    size: tuple[int, ...]  # of the result
 
 
-def _per_axis(value: Any, axes: int, smallest: int) -> list[int] | None:
+def _per_axis(value: Any, axes: int, smallest: int) -> tuple[int, ...] | None:
     """`value` for each axis, or None where torch would not take it."""
-    if type(value) is int:  # the common case, quickly
-        return [value] * axes if value >= smallest else None
-    values = [value] * axes if isinstance(value, int | torch.SymInt) else value
+    values = (value,) * axes if isinstance(value, int | torch.SymInt) else value
     if not isinstance(values, Sequence) or len(values) not in (1, axes) or isinstance(values, str):
         return None
-    every: list[Any] = list(values) if len(values) == axes else list(values) * axes
+    every: tuple[Any, ...] = tuple(values) if len(values) == axes else tuple(values) * axes
     return every if all(isinstance(v, int | torch.SymInt) and v >= smallest for v in every) else None
 
 
-def _bind(axes: int, input: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Call | None:
-    """Without the size of the result."""
-    if not isinstance(input, Tensor) or input.dim() not in (axes + 1, axes + 2) or min(input.shape[-axes - 1 :]) < 1:
+@remembered
+def _windows(
+    axes: int, shape: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any
+) -> Windows | None:
+    """Of an image of this shape, with or without a batch axis; None where torch would not take them."""
+    if len(shape) not in (axes + 1, axes + 2) or min(shape[-axes - 1 :]) < 1:
         return None
     kernel = _per_axis(kernel_size, axes, 1)
     strides = kernel if stride is None or stride == [] else _per_axis(stride, axes, 1)
     paddings, dilations = _per_axis(padding, axes, 0), _per_axis(dilation, axes, 1)
     if kernel is None or strides is None or paddings is None or dilations is None:
         return None
+    return Windows(kernel, strides, paddings, dilations)
+
+
+def _call(axes: int, input: Tensor, windows: Windows, size: tuple[int, ...]) -> _Call:
     batched = input.dim() == axes + 2
-    return _Call(input if batched else input.unsqueeze(0), batched, (kernel, strides, paddings, dilations), [])
+    return _Call(input if batched else input.unsqueeze(0), batched, windows, size)
 
 
-def _bind_pool(axes: int, input: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool):
-    call = _bind(axes, input, kernel_size, stride, padding, dilation)
-    if call is None:
+@remembered
+def _pooled(
+    axes: int, shape: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: int
+) -> tuple[Windows, tuple[int, ...]] | None:
+    """The windows, and the size that the image has after them."""
+    windows = _windows(axes, shape, kernel_size, stride, padding, dilation)
+    if windows is None:
         return None
     size = []
-    for i, k, s, p, d in zip(call.x.shape[2:], *call.windows, strict=True):
+    for i, k, s, p, d in zip(shape[-axes:], *windows, strict=True):
         span = d * (k - 1) + 1
         if p > span // 2:
             return None
@@ -64,12 +74,14 @@ def _bind_pool(axes: int, input: Any, kernel_size: Any, stride: Any, padding: An
         o = -(-room // s) + 1 if ceil_mode else room // s + 1
         # A last window has to begin inside the image or its front padding.
         size.append(o - 1 if ceil_mode and (o - 1) * s >= i + p else o)
-    return call._replace(size=size) if min(size) >= 1 else None
+    return (windows, tuple(size)) if min(size) >= 1 else None
 
 
 def _plan_pool(axes: int, input, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[_Call | None, Path]:
-    call = _bind_pool(axes, input, kernel_size, stride, padding, dilation, ceil_mode)
-    return (None, REFUSED) if call is None else (call, kernel_path(call.x))
+    if not isinstance(input, Tensor):
+        return None, REFUSED
+    found = _pooled(axes, input.shape, kernel_size, stride, padding, dilation, 1 if ceil_mode else 0)
+    return (None, REFUSED) if found is None else (_call(axes, input, *found), kernel_path(input))
 
 
 def _pool(axes: int, arguments: tuple[Any, ...], return_indices: bool) -> Any:
@@ -81,25 +93,26 @@ def _pool(axes: int, arguments: tuple[Any, ...], return_indices: bool) -> Any:
     return (values, indices) if return_indices else values
 
 
-def _unpool_size(axes: int, input: Tensor, kernel_size, stride, padding, output_size) -> list[int] | None:
+@remembered
+def _unpooled(axes: int, shape: Sequence[int], kernel_size, stride, padding, output_size) -> tuple[int, ...] | None:
     """The size that torch takes, or None where it refuses."""
-    call = _bind(axes, input, kernel_size, stride, padding, 1)
-    if call is None:
+    windows = _windows(axes, shape, kernel_size, stride, padding, 1)
+    if windows is None:
         return None
-    natural = [(i - 1) * s - 2 * p + k for i, k, s, p in zip(call.x.shape[2:], *call.windows[:3], strict=True)]
+    natural = [(i - 1) * s - 2 * p + k for i, k, s, p in zip(shape[-axes:], *windows[:3], strict=True)]
     if output_size is None:
-        return natural if min(natural) >= 1 else None
-    size = list(output_size)[-axes:]
+        return tuple(natural) if min(natural) >= 1 else None
+    size = tuple(output_size)[-axes:]
     if len(output_size) not in (axes, axes + 2):
         return None
-    fits = all(n - s < o < n + s for o, n, s in zip(size, natural, call.windows[1], strict=True))
+    fits = all(n - s < o < n + s for o, n, s in zip(size, natural, windows.stride, strict=True))
     return size if fits and min(size) >= 1 else None
 
 
 def _plan_unpool(axes: int, input, indices, kernel_size, stride, padding, output_size):
     if not isinstance(input, Tensor) or not isinstance(indices, Tensor):
         return None, REFUSED
-    size = _unpool_size(axes, input, kernel_size, stride, padding, output_size)
+    size = _unpooled(axes, input.shape, kernel_size, stride, padding, output_size)
     fits = indices.dtype == torch.int64 and indices.shape == input.shape and indices.device == input.device
     return (size, kernel_path(input)) if size is not None and fits else (None, REFUSED)
 
@@ -129,8 +142,8 @@ def _unpool_planner(axes: int) -> Callable[..., Path]:
 
 def _offsets_planner(axes: int) -> Callable[..., Path]:
     def plan(input, offsets, output_size, kernel_size, stride, padding, dilation) -> Path:
-        call = _bind(axes, input, kernel_size, stride, padding, dilation)
-        return REFUSED if call is None else kernel_path(call.x)
+        windows = _windows(axes, input.shape, kernel_size, stride, padding, dilation)
+        return REFUSED if windows is None else kernel_path(input)
 
     return plan
 
@@ -140,7 +153,7 @@ def _with_offsets(axes: int, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor
     if call is None:
         ops.ATEN_POOLS[axes](*arguments)  # raises, and says why
         raise ValueError(f"max_pool{axes}d_with_offsets takes what max_pool{axes}d takes")
-    _check_taps(call.windows[0])
+    _check_taps(call.windows.kernel)
     if not call.x.is_floating_point():
         raise TypeError(f"max_pool{axes}d_with_offsets takes floating numbers, got {call.x.dtype}; convert them")
     result = ops.max_pool(call.x, *call.windows, call.size, True)
@@ -154,17 +167,17 @@ def _check_taps(kernel: Sequence[int]) -> None:
 
 
 def _from_offsets(axes: int, input, offsets, output_size, kernel_size, stride, padding, dilation) -> Tensor:
-    call = _bind(axes, input, kernel_size, stride, padding, dilation)
-    if call is None:
+    windows = _windows(axes, input.shape, kernel_size, stride, padding, dilation)
+    if windows is None:
         raise ValueError(f"input of shape {tuple(input.shape)} and these windows do not fit {axes} axes")
-    size = list(output_size)[-axes:]
+    call = _call(axes, input, windows, tuple(output_size)[-axes:])
     if offsets.dtype != torch.uint8 or offsets.shape != input.shape:
         raise ValueError(
             f"offsets must be uint8 of the input's shape {tuple(input.shape)}, as max_pool{axes}d_with_offsets gives "
             f"them; got {offsets.dtype} of {tuple(offsets.shape)}"
         )
     index = offsets if call.batched else offsets.unsqueeze(0)
-    x = ops.max_pool_spread(call.x, index, *call.windows, size, False)
+    x = ops.max_pool_spread(call.x, index, *call.windows, call.size, False)
     return x if call.batched else x.squeeze(0)
 
 
@@ -394,7 +407,7 @@ def unpool_nails2d(input: Tensor, kernel_size: IntOrTuple = 2) -> Tensor:
     return y if batched else y.squeeze(0)
 
 
-def _image(input: Tensor, kernel_size: Any) -> tuple[Tensor, bool, list[int]]:
+def _image(input: Tensor, kernel_size: Any) -> tuple[Tensor, bool, tuple[int, ...]]:
     kernel = _per_axis(kernel_size, 2, 1)
     if input.dim() not in (3, 4) or kernel is None:
         raise ValueError(
@@ -449,10 +462,10 @@ def indices_to_offsets(
 
 def _conversion(places: Tensor, input_size, kernel_size, stride, padding, dilation) -> tuple[list[int], Windows]:
     axes = places.dim() - 2
-    call = _bind(axes, places, kernel_size, stride, padding, dilation) if axes in (1, 2, 3) else None
-    if call is None or len(input_size) < axes:
+    windows = _windows(axes, places.shape, kernel_size, stride, padding, dilation) if axes in (1, 2, 3) else None
+    if windows is None or len(input_size) < axes:
         raise ValueError(
             f"places of shape {tuple(places.shape)} need (N, C, *out) with one to three axes, and windows and an "
             f"input_size that fit them; got kernel_size {kernel_size} and input_size {tuple(input_size)}"
         )
-    return list(input_size)[-axes:], Windows(*(tuple(values) for values in call.windows))
+    return list(input_size)[-axes:], windows

@@ -51,7 +51,7 @@ def _windows(kernel, stride, padding, dilation) -> Windows:
 def _max_pool(x, kernel, stride, padding, dilation, output_size, offsets):
     windows = _windows(kernel, stride, padding, dilation)
     y = _empty(x, output_size)
-    index = _empty(x, output_size, torch.uint8 if offsets else torch.int64)
+    index = torch.empty_like(y, dtype=torch.uint8 if offsets else torch.int64)
     if kernel_path(x).name != ATEN:
         kernels.max_pool(x, y, index, windows)
         return y, index

@@ -17,8 +17,10 @@ if EMULATED:
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+KERNELS_ON_CPU = EMULATED or os.environ.get("TRITON_INTERPRET") == "1"
+
 kernels_run = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" and not EMULATED and not torch.cuda.is_available(),
+    not KERNELS_ON_CPU and not torch.cuda.is_available(),
     reason="the kernels run on a GPU, interpreted or emulated",
 )
 

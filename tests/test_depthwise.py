@@ -22,6 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.testing._internal.common_methods_invocations import op_db
 
 from .cross_compile import printed_by
+from .modes import KERNELS_ON_CPU
 from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
@@ -393,10 +394,10 @@ def test_new_sizes_need_no_new_kernel():
 def test_the_choice_of_kernels():
     x = torch.randn(1, 4, 5, 5)
     path = fused.explain(fused.conv2d, x, torch.randn(8, 1, 3, 3), groups=4)
-    assert path.name == ("interpreted kernel" if INTERPRETED else "aten")
-    assert ("depthwise kernel" in path.reason) == INTERPRETED
+    assert path.name == ("interpreted kernel" if KERNELS_ON_CPU else "aten")
+    assert ("depthwise kernel" in path.reason) == KERNELS_ON_CPU
     path = fused.explain(fused.conv2d, x, torch.randn(8, 2, 3, 3), groups=2)
-    assert ("small-group kernel" in path.reason) == INTERPRETED
+    assert ("small-group kernel" in path.reason) == KERNELS_ON_CPU
     # One group of one channel is a dense layer: there is nothing to take apart.
     assert "depthwise" not in fused.explain(fused.conv2d, x[:, :1], torch.randn(8, 1, 3, 3)).reason
     taken = [

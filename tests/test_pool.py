@@ -18,6 +18,8 @@ from backstride.kernels.pool import Windows, launch, reference
 from backstride.kernels.runtime import INTERPRETED
 from torch import nn
 
+from .modes import KERNELS_ON_CPU
+
 fp64_kernels = pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
 
 # axes, image, kernel, stride, padding, dilation, ceil_mode: patches, overlaps, gaps, odd ends, one to three axes.
@@ -344,7 +346,7 @@ def test_wrong_offsets_and_windows_are_named():
     with pytest.raises(RuntimeError, match="pad should be"):
         fused.max_pool2d_with_offsets(x, 2, padding=2)
     assert fused.explain(fused.max_unpool2d_with_offsets, values, offsets, (8, 8), 2).name == (
-        "interpreted kernel" if INTERPRETED else "aten"
+        "interpreted kernel" if KERNELS_ON_CPU else "aten"
     )
     with pytest.raises(ValueError, match="need"):
         fused.offsets_to_indices(offsets[0, 0], (8, 8), 2)

@@ -9,6 +9,7 @@ import backstride.fused_ops as fused
 import pytest
 import torch
 from backstride.fused_ops.rnn import ops
+from backstride.fused_ops.rnn.rows import pairs_of_steps, previous_rows
 from backstride.kernels.rnn import Packing, launch, reference, scan
 from backstride.kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig, choose_config
 from backstride.kernels.rnn.exchange import exchange_probe_kernel
@@ -339,12 +340,23 @@ def test_explain_names_the_regime():
     assert wrong.name == "aten" and "refuses" in wrong.reason
 
 
-@pytest.mark.parametrize("rows", [7, 8, 35])
-@pytest.mark.parametrize("directions", [1, 2])
-def test_a_weight_gradient_summed_in_parts(monkeypatch, rows, directions):
+@pytest.mark.parametrize("rows", [0, 7, 8, 35])
+def test_a_weight_gradient_summed_in_parts(monkeypatch, rows):
     monkeypatch.setattr(ops, "LEAST_ROWS", 4)
-    previous, v = (random(rows, 1, directions, 3, dtype=torch.float32, seed=seed) for seed in range(2))
-    torch.testing.assert_close(ops._matrix_gradient(previous, v), torch.einsum("tbdi,tbdj->dij", previous, v))
+    a, b = (random(rows, 3, dtype=torch.float32, seed=seed) for seed in range(2))
+    torch.testing.assert_close(ops._sum_over_rows(a, b), a.T @ b)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_pairs_of_steps_are_rows_and_the_ones_before_them(packed, backward):
+    y, v, _, _, packing = scan_inputs("factor", packed, False, torch.float64, "cpu")
+    offsets = packing.offsets if packing else None
+    previous = previous_rows(y, offsets, 3, backward)
+    expected = torch.einsum("rdi,rdj->dij", previous.flatten(0, -3), v.flatten(0, -3))
+    for d, (a, b) in enumerate(pairs_of_steps(y, v, offsets, backward)):
+        torch.testing.assert_close(a.T @ b, expected[d])
+        assert packed or a.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def gradient_scales(module, x):

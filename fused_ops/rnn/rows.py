@@ -6,6 +6,8 @@ offsets[t] ... offsets[t + 1] - 1, as in PackedSequence. Nothing here waits for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,9 +45,27 @@ def previous_rows(y: Tensor, offsets: Tensor | None, batch: int, backward: bool)
             zero = torch.zeros_like(rows[:1])
             shifted.append(torch.cat([zero, rows[:-1]] if forward else [rows[1:], zero]))
         else:
-            index, valid = _neighbours(offsets, rows.shape[0], forward)
-            shifted.append(torch.where(valid[:, None], rows[index], 0))
+            shifted.append(_shifted(rows, offsets, forward))
     return torch.stack(shifted, dim=-2)
+
+
+def pairs_of_steps(y: Tensor, v: Tensor, offsets: Tensor | None, backward: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each direction y_{t-1} and v_t, (rows, H) each, as in `previous_rows`; steps without one before are left out
+    or zeros. Of a dense batch these are views."""
+    for d in range(y.shape[-2]):
+        before, own = y[..., d, :], v[..., d, :]
+        forward = (d == 0) != backward
+        if offsets is None:
+            before, own = (before[:-1], own[1:]) if forward else (before[1:], own[:-1])
+        else:
+            before = _shifted(before, offsets, forward)
+        yield before.flatten(0, -2), own.flatten(0, -2)
+
+
+def _shifted(rows: Tensor, offsets: Tensor, forward: bool) -> Tensor:
+    """At each row of packed data that of the step before (forward) or after in its sequence, or 0."""
+    index, valid = _neighbours(offsets, rows.shape[0], forward)
+    return torch.where(valid[:, None], rows[index], 0)
 
 
 def _neighbours(offsets: Tensor, rows: int, forward: bool) -> tuple[Tensor, Tensor]:

@@ -42,13 +42,13 @@ def full_precision() -> Iterator[None]:
 def kernels_compute(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Dense products on a GPU are cuDNN's; the tests are of the kernels, but for those that ask for `library`."""
     if "library" not in request.fixturenames:
-        monkeypatch.setattr(aten, "is_better", lambda *_: False)
+        monkeypatch.setattr(aten, "is_at_hand", lambda _: False)
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense products are the library's on every device, as they are on a GPU."""
-    monkeypatch.setattr(aten, "is_better", aten.is_dense)
+    monkeypatch.setattr(aten, "is_at_hand", lambda _: True)
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,10 @@ kernels_run = pytest.mark.skipif(
 )
 
 
-def run_compiled(module: str, interpreted: str) -> None:
-    """Run this module of the tests in a process of its own: torch.compile patches Triton, which the interpreter has
-    patched already, and whether that runs is decided at import."""
+def run_python(*arguments: str, interpreted: str) -> None:
+    """Python in a process of its own, without a GPU: whether Triton interprets is decided at import, and torch.compile
+    patches what the interpreter has patched already."""
     environment = os.environ | {"TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", f"tests.{module}"]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 
 import backstride.fused_ops as fused
 import pytest
@@ -17,6 +14,7 @@ from backstride.kernels.conv.access import Layout
 from backstride.kernels.runtime import INTERPRETED, device_of
 from torch.func import grad, vmap
 
+from .modes import run_python
 from .oracle import assert_as_exact_as, to_fp64
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -268,12 +266,9 @@ torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize("interpret", ["0", "1"], ids=["aten", "kernels"])
-def test_torch_compile_without_graph_breaks(interpret):
-    """In a process of its own: compiling patches Triton, which the interpreter has patched already."""
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
+@pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
+def test_torch_compile_without_graph_breaks(interpreted):
+    run_python("-c", COMPILED, interpreted=interpreted)
 
 
 @pytest.mark.gpu

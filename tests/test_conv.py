@@ -1,9 +1,6 @@
 """Convolution and transposed convolution against fp64 oracles: geometry, layouts, dtypes, epilogues, gradients."""
 
 import math
-import os
-import subprocess
-import sys
 
 import backstride.fused_ops as fused
 import pytest
@@ -20,7 +17,7 @@ from backstride.kernels.runtime import H200, INTERPRETED
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from .modes import KERNELS_ON_CPU, run_compiled
+from .modes import KERNELS_ON_CPU, run_python
 from .oracle import both_layouts, check_forward_and_gradients, random_tensors
 
 CONV = {1: (fused.conv1d, F.conv1d), 2: (fused.conv2d, F.conv2d), 3: (fused.conv3d, F.conv3d)}
@@ -340,9 +337,7 @@ a, = torch.autograd.grad(fused.conv2d(x, w), w, g)
 b, = torch.autograd.grad(F.conv2d(x.contiguous(), w), w, g)
 torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_python("-c", code, interpreted="1")
 
 
 def test_pixel_indices_widen_near_the_limit():
@@ -483,4 +478,4 @@ def test_explain_names_path_and_reason():
 
 @pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
 def test_torch_compile_without_graph_breaks(interpreted):
-    run_compiled("conv_compiled", interpreted)
+    run_python("-m", "tests.conv_compiled", interpreted=interpreted)

@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from .modes import run_compiled
+from .modes import run_python
 
 SAMPLES = {
     "max_pool1d": 864,
@@ -243,4 +243,4 @@ def test_opcheck(name, offsets, requires_grad):
 
 @pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
 def test_torch_compile_without_graph_breaks(interpreted):
-    run_compiled("pool_compiled", interpreted)
+    run_python("-m", "tests.pool_compiled", interpreted=interpreted)

@@ -150,8 +150,8 @@ def test_derivatives(regime, bidirectional):
         return fused.rnn_tanh(x, hx, list(params), True, 1, 0.0, True, bidirectional, False)
 
     tensors = [x, hx, *module.parameters()]
-    assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_undefined_grad=False)
-    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True, check_undefined_grad=False)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 def as_torch(module, **keywords):

@@ -1,6 +1,7 @@
 """torch.nn.RNN's own test inputs and complaints: ModuleInfo, gradcheck, packing, parametrised weights, torch.func."""
 
 import copy
+import itertools
 import pickle
 import re
 import warnings
@@ -16,7 +17,7 @@ from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.testing._internal.common_modules import module_db
 
-from .modes import run_compiled
+from .modes import run_python
 
 fp64_kernels = pytest.mark.skipif(not INTERPRETED, reason="fp64 runs on the kernels only when they are interpreted")
 settings = pytest.mark.parametrize(
@@ -412,4 +413,36 @@ def test_unbatched(settings):
 
 @pytest.mark.parametrize("interpreted", ["0", "1"], ids=["aten", "kernels"])
 def test_torch_compile_without_graph_breaks(interpreted):
-    run_compiled("rnn_compiled", interpreted)
+    run_python("-m", "tests.rnn_compiled", interpreted=interpreted)
+
+
+def test_training_steps_are_torchs(device):
+    """Losses of twenty steps from the same weights."""
+    losses = []
+    for module in pair(3, 8, torch.float32, device):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        history = []
+        for _ in range(20):
+            x = torch.randn(5, 4, 3).to(device)
+            loss = (module(x)[0].mean(-1) - x.mean(-1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_all_combinations_of_settings():
+    """Against torch in fp64: nonlinearity x bias x order x directions x layers x hidden state."""
+    for nonlinearity, bias, batch_first, bidirectional, layers, with_hx in itertools.product(
+        ("tanh", "relu"), (True, False), (True, False), (True, False), (1, 2), (True, False)
+    ):
+        keywords = {"nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first}
+        ours, theirs = pair(3, 4, bidirectional=bidirectional, num_layers=layers, **keywords)
+        x = torch.randn(2, 3, 3, dtype=torch.float64)
+        states = layers * (1 + bidirectional), 2 if batch_first else 3, 4
+        arguments = (x, torch.randn(*states, dtype=torch.float64)) if with_hx else (x,)
+        torch.testing.assert_close(ours(*arguments), theirs(*arguments))

@@ -18,24 +18,9 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
-def is_dense(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    geometry: Geometry,
-    transposed: bool = False,
-    dtype: torch.dtype | None = None,
-) -> bool:
-    """Whether the products have no groups, no gaps between taps and no zeros between pixels, and, along one axis, 32
-    bits: there cuDNN's main loops are faster than the kernels here, and elsewhere mostly not.
-
-    On an H200 up to 2.2 times in bf16, up to 7.5 in TF32 (bench/results/library_or_kernel_nvidia-h200.csv). `dtype`:
-    that of the products, where x is still to be cast.
-    """
-    if geometry.groups > 1 or (transposed and max(geometry.stride) > 1):
-        return False
-    if x.dim() == 3 and (dtype or x.dtype).itemsize < 4:
-        return False
-    return all(d == 1 or k == 1 for d, k in zip(geometry.dilation, kernel_size, strict=True))
+def is_at_hand(x: Tensor) -> bool:
+    """Whether cuDNN could multiply x."""
+    return x.is_cuda
 
 
 def is_better(
@@ -45,8 +30,18 @@ def is_better(
     transposed: bool = False,
     dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether cuDNN computes these products, of the weight gradient or of X^T x."""
-    return x.is_cuda and is_dense(x, kernel_size, geometry, transposed, dtype)
+    """Whether cuDNN computes these products, of the weight gradient or of X^T x: where they are dense, with one group,
+    no gaps between taps, no zeros between pixels and, along one axis, 32 bits.
+
+    There its main loops are faster than the kernels here, on an H200 up to 2.2 times in bf16 and 7.5 in TF32
+    (bench/results/library_or_kernel_nvidia-h200.csv), and elsewhere mostly not. `dtype`: that of the products, where x
+    is still to be cast.
+    """
+    if not is_at_hand(x) or geometry.groups > 1 or (transposed and max(geometry.stride) > 1):
+        return False
+    if x.dim() == 3 and (dtype or x.dtype).itemsize < 4:
+        return False
+    return all(d == 1 or k == 1 for d, k in zip(geometry.dilation, kernel_size, strict=True))
 
 
 def is_better_forward(

@@ -258,8 +258,8 @@ def _run(
     x, (weight, bias) = call.x, arguments[1:3]
     device, casting = x.device.type, autocasts(x)
     dtype, geometry = autocast_dtype(x, device) if casting else x.dtype, Geometry(*call[4:])
-    by_library = residual is None and out is None
-    by_library &= aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], geometry, dtype)
+    plain = residual is None and out is None
+    by_library = plain and aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], geometry, dtype)
     if by_library and not relu:
         return function(*arguments)  # which casts, too
     if casting:

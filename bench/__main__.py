@@ -149,7 +149,8 @@ def compile_(
 ) -> None:
     """Compile every kernel that the cases launch, for an H200 that need not be there: registers, spills, main loops.
 
-    Whole networks are left out. Exit status 1 if a case does not compile.
+    Triton's cache then spares a GPU with the same versions of Triton and Python the compiling. Exit status 1 if a case
+    does not compile.
     """
     os.environ["TRITON_INTERPRET"] = "0"
     from . import binaries

@@ -1,7 +1,8 @@
 """Every kernel that the cases launch, compiled for an H200 that need not be there, and what the compiler says of it.
 
 Our side of a case runs as on a GPU, up to Triton's launcher (`host.stubbed_launch`), on memory that nothing is written
-to. Whole networks are left out: what torch itself computes in them would take hours on a CPU.
+to, and what torch itself would compute is not (`uncomputed`). Triton keeps the binaries in its cache, under the keys
+that they have on a GPU of this kind with the same Triton and Python.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 from rich.markup import escape
 from rich.table import Table
 
+from ..fused_ops import registration
+from ..fused_ops.conv import aten
 from . import run
 from .ahead import PROCESSES
 from .case import FORMATS, Case, layouts
@@ -28,6 +33,7 @@ from .host import noting_loads, stubbed_launch
 from .machine_code import NVIDIA, disassembled, longest_loop, registers_and_spills
 from .occupancy import programs_per_multiprocessor
 from .report import CaseKey, key_of, name_of, write_table
+from .uncomputed import Uncomputed
 
 TARGET = "sm_90"
 
@@ -54,7 +60,18 @@ class Row:
 
 @lru_cache
 def cases(quick: bool) -> list[Case]:
-    return [case for case in run.all_cases(quick, tiny=False) if case.op != "network"]
+    return run.all_cases(quick, tiny=False)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within, ops take the way that they take there, cuDNN's share included, and nothing is computed."""
+    with ExitStack() as stack:
+        stack.enter_context(stubbed_launch())
+        stack.enter_context(mock.patch.object(aten, "is_at_hand", lambda x: True))
+        stack.enter_context(mock.patch.object(registration, "_transformed", lambda: False))  # by the mode below
+        stack.enter_context(Uncomputed())
+        yield
 
 
 def untouched(case: Case, layout: str) -> list[torch.Tensor]:
@@ -86,11 +103,13 @@ def _compile(quick: bool, key: CaseKey) -> list[Row] | str:
     (case,) = (each for each in cases(quick) if key_of(each) == key)
     rows: list[Row] = []
     try:
-        for layout in layouts(case):
-            loaded: list[dict[str, Path]] = []
-            with stubbed_launch(), noting_loads(lambda files, _, loaded=loaded: loaded.append(files)):
-                case.ours(*untouched(case, layout))
-            rows += [_row(case, layout, files) for files in loaded]
+        for each in filter(None, (case, case.check)):
+            for layout in layouts(each):
+                loaded: list[dict[str, Path]] = []
+                arguments = untouched(each, layout)
+                with as_on_gpu(), noting_loads(lambda files, _, loaded=loaded: loaded.append(files)):
+                    each.ours(*arguments)
+                rows += [_row(case, layout, files) for files in loaded]
     except Exception as error:  # one broken case must not hide the others
         return f"{type(error).__name__}: {error}"
     return rows

@@ -32,6 +32,7 @@ FAMILIES = {
 DIRECTIONS = ("forward", "input gradient", "weight gradient", "forward and backward", "pool and unpool")
 FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8, 2)  # where a picture spans less than this
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+COARSE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000)  # where it spans more than 100
 INK, FAINT = "#333333", "#DDDDDD"
 
 
@@ -109,7 +110,8 @@ def _speedups(axes: Axes, chosen: dict[int, list[Row]]) -> str:
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(FixedLocator(FINE_TICKS if high < 3 * low else TICKS))
+    ticks = FINE_TICKS if high < 3 * low else COARSE_TICKS if high > 100 * low else TICKS
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     return "a baseline's time / ours: right of 1× ours is faster; the bar ends at the fastest baseline"

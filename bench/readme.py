@@ -68,9 +68,11 @@ def gpu_tables(files: list[tuple[str, list[Row]]]) -> list[str]:
     for name, rows in files or [("", [])]:
         if rows:
             where = rows[-1]
+            commits = list(dict.fromkeys(row.commit for row in rows))
             lines += [
                 f"Fastest baseline's time / ours on one {where.gpu} (driver {where.driver}, torch {where.torch},",
-                f"Triton {where.triton}, commit {where.commit}): geometric mean, least and most",
+                f"Triton {where.triton}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}): geometric mean, least "
+                "and most",
                 f"([results](bench/results/{name})).",
                 "",
             ]

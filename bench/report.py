@@ -23,6 +23,14 @@ from .timing import Ceilings, Timing
 
 RESULTS = Path(__file__).parent / "results"
 GREEN = "green"
+# What times depend on, by how the name of an op begins, and what all depend on; as git's patterns.
+SOURCES = {
+    **dict.fromkeys(("conv", "atrous"), ("kernels/conv", "kernels/depthwise", "fused_ops/conv")),
+    "max": ("kernels/pool", "fused_ops/pool"),
+    "rnn": ("kernels/rnn", "fused_ops/rnn"),
+    "network": ("kernels", "fused_ops", "models"),
+}
+SHARED = (":(glob)kernels/*.py", ":(glob)fused_ops/*.py", "bench/case.py", "bench/timing.py")
 CaseKey = tuple[str, ...]
 
 
@@ -39,7 +47,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Row(Environment):
-    """One variant of one case. Errors: max |y - fp64| / sqrt(length of the sum). MiB at the peak of a call, inputs
+    """One variant of one case. Errors: as `case.error_of`. MiB at the peak of a call, inputs
     apart. `percent_of_floor` is 100 floor / ms; `speedup` of ours is the fastest baseline's ms / ms, 0 for baselines.
     `gate` is "green", or what was wrong: then no number of the row is one, and nothing was timed. `algorithm` is read
     from the names of all GPU kernels (`algorithm.algorithm`), `kernels` are the two that took most time.
@@ -106,6 +114,19 @@ def commit() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(path.read_bytes())
     return f"{described or 'sources'}-{digest.hexdigest()[:10]}"
+
+
+@lru_cache
+def is_unchanged(op: str, commit: str) -> bool:
+    """Whether what this op's times depend on is as it was at that commit. False where git can't tell."""
+    if "-" in commit:  # with a digest: what was measured is no commit
+        return False
+    families = next(sources for prefix, sources in SOURCES.items() if op.startswith(prefix))
+    command = ["git", "diff", "--quiet", commit, "--", *families, *SHARED]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def environment() -> Environment:

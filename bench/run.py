@@ -63,8 +63,14 @@ def dry_run(selected: list[Case]) -> bool:
 
 
 def pending(selected: list[Case], rows: list[report.Row], where: report.Environment) -> list[Case]:
-    """The cases that have no row from this GPU and this code with these versions."""
-    done = {row.case for row in rows if all(getattr(row, name) == value for name, value in vars(where).items())}
+    """The cases that have no row from this GPU with these versions, of this code or of what an op is in it."""
+    same = vars(where).keys() - {"commit"}
+    done = {
+        row.case
+        for row in rows
+        if all(getattr(row, name) == getattr(where, name) for name in same)
+        and (row.commit == where.commit or report.is_unchanged(row.op, row.commit))
+    }
     return [case for case in selected if report.key_of(case) not in done]
 
 
@@ -95,7 +101,7 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
             if (to_time - len(left)) % CASES_AT_ONCE == 0:
                 bar.update(task, description="compiling")
                 processes.compile(left[:CASES_AT_ONCE])
-            case = left.pop(0)  # so that its tensors go when it is done
+            case = left.pop(0)
             bar.update(task, description=escape(str(case)[:60]))
             graph = case.replayed
             if graph is None:
@@ -110,7 +116,6 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
                 wrong += 1
             rows, new = merged(rows, mine), new + mine
             report.write_rows(rows, path)
-            del case
             gc.collect()
             torch.cuda.empty_cache()
             bar.advance(task)

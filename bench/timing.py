@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .algorithm import algorithm
@@ -16,7 +17,7 @@ Calls = Mapping[Key, Callable[[], Any]]
 FLUSH_BYTES = 512 * 2**20  # several times the largest L2
 GRAPH_BELOW = 50e-6  # seconds; below, the launch from Python would be most of what is measured
 WARM_UP = 3
-SECONDS = 1.0  # for all repeats of one case; a slow case is repeated less often, but at least FEWEST times
+SECONDS = 0.5  # for all repeats of one case; a slow case is repeated less often, but at least FEWEST times
 FEWEST = 7
 
 
@@ -78,8 +79,13 @@ def kernels_of(call: Callable[[], Any]) -> list[tuple[int, str]]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total]
-    return [(event.count, event.key) for event in sorted(events, key=lambda event: -event.self_device_time_total)]
+    # Not key_averages(): it makes a Python object of each event, of which a loop over time steps has tens of thousands.
+    results: Any = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    durations: dict[str, list[int]] = {}
+    for event in results.events():
+        if event.device_type() == DeviceType.CUDA:
+            durations.setdefault(event.name(), []).append(event.duration_ns())
+    return [(len(each), name) for name, each in sorted(durations.items(), key=lambda item: -sum(item[1]))]
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:

@@ -37,6 +37,8 @@ ON_INTERPRETER = {
     dtype: Path(INTERPRETED_KERNEL, f"{dtype} on the CPU with TRITON_INTERPRET=1") for dtype in INTERPRETER_DTYPES
 }
 ON_CPU = Path(ATEN, "CPU tensors run on ATen; set TRITON_INTERPRET=1 before importing to interpret the kernels")
+SHORT = 8 << 20  # bytes
+BY_AUTOGRAD = Path(ATEN, "gradients through so little data are the host's work, of which torch's own have less")
 REFUSED = Path(ATEN, "arguments that torch's own function refuses: it is called, and says why")
 
 
@@ -54,6 +56,18 @@ def kernel_path(tensor: torch.Tensor) -> Path:
     if dtype in ON_INTERPRETER:
         return ON_INTERPRETER[dtype]
     return Path(ATEN, f"no kernel for {dtype}")
+
+
+def is_short(numbers: int, *tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted through an op on a GPU that moves no more than `numbers` of the first tensor's.
+
+    Up to `SHORT` bytes a GPU passes over them in a few microseconds, while an autograd.Function in Python keeps the
+    host busy for a hundred: eager networks of such layers wait for it.
+    """
+    first: Any = tensors[0]
+    if numbers * first.dtype.itemsize > SHORT or not first.is_cuda or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 T = TypeVar("T", Tensor, Tensor | None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -146,3 +146,32 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 def with_strides_of(other: Tensor, tensor: Tensor) -> Tensor:
     """The tensor with the strides of the other, which has its shape."""
     return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+
+
+class _Cast(Function):
+    """Tensors in another dtype, all by one launch. Its derivatives are casts, too."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype, *tensors) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dtype = tensors[0].dtype
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, tensors)  # pyright: ignore[reportPrivateImportUsage]
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(r for r, want in zip(results, wanted, strict=True) if not want))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cast = iter(cast_all([grad for grad in grads if grad is not None], ctx.dtype))
+        return (None, *(None if grad is None else next(cast) for grad in grads))
+
+
+def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """`tensor.to(dtype)` of each; where they have one dtype themselves, by one launch, as their gradients come back."""
+    given = {tensor.dtype for tensor in tensors}
+    if given == {dtype}:
+        return tensors
+    if len(given) == 1 and is_eager(tuple(tensors)):
+        return _Cast.apply(dtype, *tensors)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -8,6 +8,7 @@ import torch
 from .modes import EMULATED  # before Triton
 
 # isort: split
+from backstride.fused_ops import dispatch
 from backstride.fused_ops.conv import aten
 
 from .interpretation import accelerate
@@ -40,7 +41,9 @@ def full_precision() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels_compute(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Dense products on a GPU are cuDNN's; the tests are of the kernels, but for those that ask for `library`."""
+    """On a GPU dense products are cuDNN's, and short passes with gradients torch's; the tests are of the kernels, but
+    for those that ask for `library`, or set `SHORT` themselves."""
+    monkeypatch.setattr(dispatch, "SHORT", -1)
     if "library" not in request.fixturenames:
         monkeypatch.setattr(aten, "is_at_hand", lambda _: False)
 

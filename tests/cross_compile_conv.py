@@ -29,6 +29,7 @@ LAYERS = [
     ("CycleGAN up 3x3 s2", "both", 2, 8, 128, 256, 128, 3, 2, 1, 1, 1),
     ("ResNet 3x3 d2, 65 wide", "contiguous", 2, 8, 256, 256, 65, 3, 1, 2, 2, 1),
     ("ASPP 3x3 d12", "channels_last", 2, 8, 2048, 256, 33, 3, 1, 12, 12, 1),
+    ("DeepLabv2 d24 2048-21", "channels_last", 2, 8, 2048, 21, 41, 3, 1, 24, 24, 1),
     ("DCGAN up 4x4 s2", "contiguous", 2, 64, 64, 128, 64, 4, 2, 1, 1, 1),
     ("FCN up 16x16 s8, 21 classes", "both", 2, 16, 21, 21, 568, 16, 8, 0, 1, 1),
     ("ResNeXt 3x3 g32", "channels_last", 2, 8, 256, 256, 33, 3, 1, 1, 1, 32),
@@ -90,7 +91,7 @@ def launch_signature(
     return signature, unit
 
 
-EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True, "SUMS": True}
+EPILOGUE = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True, "STORES": True, "SUMS": True}
 # Of the passes around a library's products: 64 channels in both layouts, and odd sizes, which are read one by one.
 IMAGES = [("16x64x512x512", (16, 64, 512, 512)), ("16x21x65x65", (16, 21, 65, 65))]
 
@@ -122,13 +123,14 @@ def cases(target: Target) -> Iterator[Case]:
                 signature |= {"partial_ptr": "*fp32"} if "partial_ptr" in signature else {}
                 constants = plan.constants | flags_of(plan) | {"num_stages": 3}
                 yield Case(plan.kernel, signature, constants, f"{name}, {layout}", dtype)
-    yield Case(
-        round_kernel,
-        {"x_ptr": "*fp32", "y_ptr": "*fp32", "NUMEL": "i32"},
-        {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},
-        "any",
-        "tf32",
-    )
+    for flat in (True, False):
+        yield Case(
+            round_kernel,
+            {"x_ptr": "*fp32", "y_ptr": "*fp32", **dict.fromkeys(round_kernel.arg_names[2:8], "i32")},
+            {"FLAT": flat, "BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},
+            "any" if flat else "permuted",
+            "tf32",
+        )
     yield Case(
         transpose_kernel,
         {"x_ptr": "*bf16", "y_ptr": "*bf16", **dict.fromkeys(transpose_kernel.arg_names[2:8], "i32")},

@@ -291,6 +291,54 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_failed(monkeypatch, tmp_p
     assert len(run.pending(cases, rows, report.environment())) == 3
 
 
+def test_a_row_counts_until_its_op_is_changed(monkeypatch, tmp_path):
+    """Whatever else has been committed since."""
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    for name in ("kernels/conv/a.py", "kernels/rnn/a.py", "kernels/runtime.py", "models/a.py", "README.md"):
+        write(name, "old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    first = git("rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "bench" / "report.py"))
+    ops = ("conv2d", "atrous_pyramid", "rnn_tanh", "max_pool2d_with_offsets", "network")
+
+    def unchanged() -> list[str]:
+        report.is_unchanged.cache_clear()
+        return [op for op in ops if report.is_unchanged(op, first)]
+
+    assert unchanged() == list(ops)
+    write("README.md", "new")
+    assert unchanged() == list(ops)
+    write("kernels/conv/a.py", "new")
+    assert unchanged() == ["rnn_tanh", "max_pool2d_with_offsets"]
+    git("commit", "-am", "second")
+    assert unchanged() == ["rnn_tanh", "max_pool2d_with_offsets"]
+    write("kernels/runtime.py", "new")
+    assert unchanged() == []
+    assert not report.is_unchanged("rnn_tanh", "0123abc") and not report.is_unchanged("rnn_tanh", f"{first}-abcdef")
+    report.is_unchanged.cache_clear()
+
+
+def test_cases_of_unchanged_ops_are_not_timed_again(monkeypatch):
+    case = forward_case()
+    rows = report.rows_of(case, run_case(case, "cpu", fake_measure), CEILINGS, WHERE)
+    later = dataclasses.replace(WHERE, commit="def")
+    for unchanged in (True, False):
+        monkeypatch.setattr(report, "is_unchanged", lambda op, commit, unchanged=unchanged: unchanged)
+        assert run.pending([case], rows, later) == ([] if unchanged else [case])
+        assert run.pending([case], rows, dataclasses.replace(later, triton="9.9")) == [case]
+
+
 def test_a_new_row_replaces_the_old_one_of_its_case():
     case = forward_case()
     result = run_case(case, "cpu", fake_measure)

@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+import torch
+import torch.nn.functional as F
 from backstride.bench import binaries
 from backstride.bench.case import layouts
+from backstride.bench.uncomputed import Uncomputed
+from torch import nn
 
 
 def test_a_case_is_compiled_and_described(tmp_path):
@@ -51,6 +55,37 @@ def test_what_fails_or_spills_is_named(monkeypatch, capsys, tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_networks_are_left_out():
-    assert {"conv2d", "rnn_tanh"} < {case.op for case in binaries.cases(quick=True)}
-    assert "network" not in {case.op for case in binaries.cases(quick=True)}
+def test_nothing_is_computed_but_shapes():
+    """Of a network's step: results, gradients and their strides are as they would be."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.ConvTranspose2d(8, 2, 2, 2)
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 64, 80).to(memory_format=torch.channels_last)
+    targets = torch.randint(2, (4, 128, 160))
+
+    def step():
+        logits = network(x)
+        loss = F.cross_entropy(logits, targets)
+        return logits, loss, *torch.autograd.grad(loss, list(network.parameters()))
+
+    running_mean = network[1].running_mean.clone()
+    with Uncomputed():
+        uncomputed = step()
+        three = torch.ones(2**16) * 3
+    assert torch.equal(network[1].running_mean, running_mean)
+    assert not torch.equal(three, torch.full((2**16,), 3.0))
+    for ours, right in zip(uncomputed, step(), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (right.shape, right.stride(), right.dtype)
+
+
+def test_sizes_that_follow_from_numbers_are_right():
+    with Uncomputed():
+        lengths = torch.linspace(7, 2, 5).long()
+        batch_sizes = (lengths > torch.arange(7)[:, None]).sum(1)
+        rows = torch.empty(int(batch_sizes.sum()), 3)
+        assert F.one_hot(torch.arange(50) % 7, 7).shape == (50, 7)
+    assert rows.shape == (int(lengths.sum()), 3)
+
+
+def test_networks_are_compiled_too():
+    assert {"conv2d", "rnn_tanh", "network"} < {case.op for case in binaries.cases(quick=True)}

@@ -1,17 +1,23 @@
 """Dense convolutions, whose products are cuDNN's on a GPU: what is chosen, and the passes that stand around them."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backstride import fused_ops as fused
+from backstride.fused_ops import dispatch
 from backstride.fused_ops.conv import aten, functional, ops
+from backstride.fused_ops.pool import functional as pool_functional
+from backstride.fused_ops.pool import ops as pool_ops
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import Geometry
 from backstride.kernels.conv.access import layout_of
 from backstride.kernels.runtime import H200, INTERPRETED, Device
-from backstride.kernels.tf32 import round_to_tf32
+from backstride.kernels.tf32 import round_contiguous, round_to_tf32, three_axes
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import profile
 
@@ -42,25 +48,76 @@ def launches(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
     return called
 
 
-def geometry(axes: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> Geometry:
-    return Geometry((stride,) * axes, (1,) * axes, (dilation,) * axes, groups)
+def geometry(axes: int, stride: int = 1, padding: int = 1, dilation: int = 1, groups: int = 1) -> Geometry:
+    return Geometry((stride,) * axes, (padding,) * axes, (dilation,) * axes, groups)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "settings", "transposed", "dense"),
+    ("kernel", "settings", "transposed", "better"),
     [
         ((3, 3), {}, False, True),
         ((3, 3), {"stride": 2}, False, True),
         ((3, 3), {}, True, True),
         ((3, 3), {"stride": 2}, True, False),
-        ((3, 3), {"dilation": 2}, False, False),
         ((1, 1), {"dilation": 2}, False, True),
-        ((3, 3), {"groups": 2}, False, False),
+        # For d = 6 less than a quarter of the taps lies outside of the 33x33 pixels, for d = 12 almost half.
+        ((3, 3), {"dilation": 6, "padding": 6}, False, True),
+        ((3, 3), {"dilation": 6, "padding": 6}, True, True),
+        ((3, 3), {"dilation": 12, "padding": 12}, False, False),
+        ((3, 3), {"dilation": 12, "padding": 12}, True, False),
+        # None lies outside, but cuDNN has no kernel for Hopper.
+        ((7, 7), {"dilation": 4, "padding": 0}, False, False),
     ],
 )
-def test_products_without_gaps_zeros_and_groups_are_dense(kernel, settings, transposed, dense, library):
-    x = torch.empty(1, 64, 8, 8, dtype=torch.bfloat16)
-    assert aten.is_better(x, kernel, geometry(2, **settings), transposed) is dense
+def test_which_products_are_the_librarys(kernel, settings, transposed, better, library):
+    x = torch.empty(1, 64, 33, 33, dtype=torch.bfloat16)
+    assert aten.is_better(x, kernel, geometry(2, **settings), transposed) is better
+
+
+def test_weight_gradients_of_odd_channels_are_the_librarys(library):
+    far = geometry(2, dilation=24, padding=24)
+    for channels, y_channels, better in ((64, 64, False), (64, 21, True), (21, 64, True), (12, 20, False)):
+        x = torch.empty(1, channels, 41, 41)
+        assert aten.is_better(x, (3, 3), far, y_channels=y_channels) is better
+        assert not aten.is_better(x, (3, 3), far)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "forward", "weight_grad"),
+    [(1, False, False), (4, None, None), (8, True, True), (16, False, True), (32, False, True), (64, False, False)],
+)
+def test_which_groups_are_the_librarys(channels, forward, weight_grad, form, library):
+    """None: where their channels are innermost."""
+    x = torch.empty(1, 2 * channels, 8, 8).to(memory_format=form)
+    for settings in ({}, {"stride": 2}, {"dilation": 2}):
+        shape = geometry(2, groups=2, **settings)
+        usual = not settings
+        innermost = form == torch.channels_last and channels > 1
+        expected = [usual and (innermost if each is None else each) for each in (forward, forward, weight_grad)]
+        assert aten.is_better_forward(False, x, (3, 3), shape) is expected[0]
+        assert aten.is_better_forward(True, x, (3, 3), shape) is expected[1]
+        assert aten.is_better(x, (3, 3), shape, y_channels=2 * channels) is expected[2]
+
+
+@given(
+    st.lists(
+        st.tuples(*(st.integers(*limits) for limits in ((1, 12), (1, 4), (1, 3), (0, 4), (1, 4)))),
+        min_size=1,
+        max_size=3,
+    ),
+    st.booleans(),
+)
+def test_share_of_taps_in_the_padding(axes, transposed):
+    met = 1.0
+    for size, kernel, stride, padding, dilation in axes:
+        span = dilation * (kernel - 1) + 1
+        wide = (size - 1) * stride + span - 2 * padding if transposed else size
+        narrow = size if transposed else (size + 2 * padding - span) // stride + 1
+        assume(wide > 0 and narrow > 0)
+        pairs = itertools.product(range(narrow), range(kernel))
+        met *= sum(0 <= stride * o + dilation * r - padding < wide for o, r in pairs) / (narrow * kernel)
+    assert aten.skipped_share(*zip(*axes, strict=True), int(transposed)) == pytest.approx(1 - met)
 
 
 def test_along_one_axis_only_products_of_32_bits_are_the_librarys(library):
@@ -77,7 +134,7 @@ def test_few_channels_are_convolved_here(library):
 def test_explain_says_that_the_products_are_the_librarys(library):
     x, weight = torch.empty(1, 16, 8, 8), torch.empty(16, 16, 3, 3)
     assert fused.explain(fused.conv2d, x, weight) == functional.LIBRARY
-    assert fused.explain(fused.conv2d, x, weight, dilation=2, padding=2) != functional.LIBRARY
+    assert fused.explain(fused.conv2d, x, weight, dilation=3, padding=3) != functional.LIBRARY
     assert fused.explain(fused.conv2d, x, weight, out=torch.empty(1, 16, 6, 6)) != functional.LIBRARY
 
 
@@ -110,6 +167,152 @@ def test_forward_and_gradients(library, monkeypatch, bias, residual, relu, stage
     # Nothing is launched around a product alone; the op's own input gradient, of a stride, is no dense product.
     expected = {"add_epilogue", *(["from_channels_last"] if staged else [])} if residual or relu else set()
     assert set(called) == expected | ({"apply_transposed"} if residual else set())
+
+
+def cudnn_relu(loses_nan: bool):
+    """In the place of cuDNN's kernel, on any device."""
+
+    def relu(x, weight, bias, geometry):
+        y = F.conv2d(x, weight, bias, *geometry).relu()
+        return y.nan_to_num() if loses_nan else y
+
+    return relu
+
+
+@pytest.fixture
+def cudnn(library, monkeypatch):
+    monkeypatch.setattr(aten, "has_cudnn_relu", lambda _: True)
+    monkeypatch.setattr(aten, "_keeps_nan", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(aten, "_cudnn_relu", cudnn_relu(loses_nan=False))
+
+
+def test_cudnns_relu_is_used_once_it_is_known_to_keep_nan(cudnn, monkeypatch):
+    called = launches(monkeypatch, "add_epilogue")
+    x, w, b = random_tensors(16, (1, 16, 6, 6), (8, 16, 3, 3), (8,), dtype=torch.float32)
+    expected = F.conv2d(x, w, b, padding=1).relu()
+    for calls in (1, 2, 2, 2):
+        torch.testing.assert_close(fused.conv2d(x, w, b, padding=1, activation="relu"), expected)
+        assert len(called) == calls
+    fused.conv2d(x[:, :, 1:], w, b, padding=1, activation="relu")
+    assert len(called) == 3  # another layer
+    fused.conv2d(x, w, b, padding=1, activation="relu", residual=expected)
+    assert len(called) == 4  # cuDNN's epilogue has no residual in front of the ReLU here
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(cudnn, monkeypatch):
+    """The answer would have to be waited for."""
+    called = launches(monkeypatch, "add_epilogue")
+    x, w = random_tensors(16, (1, 16, 6, 6), (8, 16, 3, 3), dtype=torch.float32)
+    for capturing, calls in ((True, 4), (False, 4), (True, 4)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        for _ in range(4):
+            fused.conv2d(x, w, activation="relu")
+        assert len(called) == calls
+
+
+def test_cudnns_relu_that_loses_nan_is_not_used(cudnn, monkeypatch):
+    monkeypatch.setattr(aten, "_cudnn_relu", cudnn_relu(loses_nan=True))
+    x, w = random_tensors(17, (1, 16, 6, 6), (8, 16, 1, 1), dtype=torch.float32)
+    x[0, 3, 2, 2] = torch.nan
+    for _ in range(5):
+        assert fused.conv2d(x, w, activation="relu").isnan().sum() == 8
+
+
+def test_layers_that_never_come_again_are_forgotten(cudnn, monkeypatch):
+    monkeypatch.setattr(aten, "MOST_LAYERS", 3)
+    (w,) = random_tensors(18, (8, 16, 1, 1), dtype=torch.float32)
+    for size in range(1, 9):
+        fused.conv2d(torch.ones(1, 16, size, size), w, activation="relu")
+        assert 0 < len(aten._keeps_nan) <= 3
+
+
+def test_cudnn_without_a_kernel_for_a_layer(cudnn, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(aten, "_cudnn_relu", refuse)
+    x, w = random_tensors(18, (1, 16, 6, 6), (8, 16, 1, 1), dtype=torch.float32)
+    for _ in range(4):
+        torch.testing.assert_close(fused.conv2d(x, w, activation="relu"), F.conv2d(x, w).relu())
+
+
+@pytest.mark.parametrize("case", ["stride", "asymmetric", "misaligned", "3-D"])
+def test_what_cudnns_relu_is_asked_for(case, cudnn, monkeypatch):
+    called = launches(monkeypatch, "add_epilogue")
+    axes = 3 if case == "3-D" else 2
+    x, w = random_tensors(19, (1, 16, *[6] * axes), (8, 16, *[2] * axes), dtype=torch.float32)
+    settings: dict = {"stride": 2} if case == "stride" else {"padding": "same"} if case == "asymmetric" else {}
+    if case == "misaligned":
+        x = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    conv, theirs = (fused.conv3d, F.conv3d) if axes == 3 else (fused.conv2d, F.conv2d)
+    for _ in range(4):
+        torch.testing.assert_close(conv(x, w, activation="relu", **settings), theirs(x, w, **settings).relu())
+    assert len(called) == (2 if case == "stride" else 4)
+
+
+def test_a_deterministic_run_has_no_cudnn_relu(monkeypatch):
+    class OnGPU:
+        is_cuda = True
+
+    x: Any = OnGPU()
+    assert aten.has_cudnn_relu(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not aten.has_cudnn_relu(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_through_little_data_are_torchs(library, monkeypatch):
+    """And through more the kernels', with the same results."""
+    called = launches(monkeypatch, "add_epilogue", "apply_transposed", "epilogue_grad")
+    pools, real_pool = [], pool_ops.max_pool
+    monkeypatch.setattr(pool_ops, "max_pool", lambda *a: pools.append(a) or real_pool(*a))
+    x, skip, w, up, b = random_tensors(
+        20, (1, 16, 4, 4), (1, 3, 8, 8), (16, 16, 3, 3), (16, 5, 2, 2), (5,), dtype=torch.float32
+    )
+    for tensor in (x, skip, w, up, b):
+        tensor.requires_grad_()
+
+    def results():
+        y = fused.conv2d(x, w, padding=1, activation="relu")
+        return y, fused.max_pool2d(y, 2), fused.conv_transpose2d_concat(y, skip, up, b, 2, activation="relu")
+
+    def gradients(results):
+        return torch.autograd.grad(sum(y.square().sum() for y in results), (x, skip, w, up, b))
+
+    with_kernels = results()
+    expected = gradients(with_kernels)
+    assert {"add_epilogue", "apply_transposed", "epilogue_grad"} <= set(called) and len(pools) == 1
+    called.clear()
+    for module in (functional, pool_functional):
+        monkeypatch.setattr(module, "is_short", lambda numbers, *tensors: True)
+    assert (
+        fused.explain(fused.max_pool2d, x, 2)
+        == fused.explain(fused.conv_transpose2d_concat, x, skip, up, b, 2)
+        == dispatch.BY_AUTOGRAD
+    )
+    by_torch = results()
+    torch.testing.assert_close(by_torch, with_kernels)
+    torch.testing.assert_close(gradients(by_torch), expected, rtol=1e-4, atol=1e-3)
+    assert not called and len(pools) == 1
+
+
+def test_what_is_little_data(monkeypatch):
+    monkeypatch.setattr(dispatch, "SHORT", 100)
+
+    class OnGPU:
+        dtype, is_cuda, requires_grad = torch.bfloat16, True, True
+
+    x: Any = OnGPU()
+    assert dispatch.is_short(50, x) and not dispatch.is_short(51, x)
+    assert not dispatch.is_short(50, torch.empty(1, requires_grad=True))
+    with torch.no_grad():
+        assert not dispatch.is_short(50, x)
+    x.requires_grad = False
+    assert not dispatch.is_short(50, x, None, torch.empty(1))
+    assert dispatch.is_short(50, x, torch.empty(1, requires_grad=True))
 
 
 def test_same_padding_of_an_even_kernel(library, device):
@@ -229,6 +432,42 @@ def test_gradient_through_the_epilogue(shape, dtype, device):
             exact = grad.double().sum(axes).cpu()
             assert sums is not None
             assert_as_exact_as(sums, grad.sum(axes), exact, grad.abs().double().sum(axes).cpu())
+            before.fill_(torch.nan)
+            again = kernels.epilogue_grad(grad, None, before, sums=True)
+            assert again is not None and torch.equal(again, sums) and torch.equal(before, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_copy_into_a_slice(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr(kernels.epilogue, "LITTLE", 0)
+    wide = (shape[0], 3 * shape[1], *shape[2:])
+    part = slice(shape[1], 2 * shape[1])
+    for x, y in itertools.product(formats(shape, dtype, device, 22), formats(wide, dtype, device, 23)):
+        expected = y.clone()
+        expected[:, part] = x
+        kernels.copy(x, y[:, part])
+        assert torch.equal(y, expected)
+
+
+def test_gradient_of_a_concatenation_is_made_dense_once(library, monkeypatch, device):
+    """Where cuDNN computes both gradients, which reads no slices."""
+    seen, real = [], aten.weight_grad
+    monkeypatch.setattr(aten, "weight_grad", lambda x, *rest: seen.append(x) or real(x, *rest))
+    tensors = random_tensors(24, (2, 16, 3, 3), (2, 3, 6, 6), (16, 16, 2, 2), (16,), dtype=torch.float32, device=device)
+    for x, skip in both_layouts(*tensors[:2]):
+        x, skip, w, b = (t.requires_grad_() for t in (x, skip, *tensors[2:]))
+        for relu in (False, True):
+            y = fused.conv_transpose2d_concat(x, skip, w, b, 2, activation="relu" if relu else None)
+            up = F.conv_transpose2d(x, w, b, 2)
+            expected = torch.cat([skip, up.relu() if relu else up], 1)
+            torch.testing.assert_close(y, expected)
+            grad = torch.randn_like(y)
+            ours = torch.autograd.grad(y, (x, skip, w, b), grad)
+            torch.testing.assert_close(ours, torch.autograd.grad(expected, (x, skip, w, b), grad))
+            innermost = y.is_contiguous(memory_format=torch.channels_last)
+            assert not innermost or seen[-1].is_contiguous(memory_format=torch.channels_last)
+    assert len(seen) == 4
 
 
 def test_nan_passes_the_epilogue_and_its_gradient(device):
@@ -281,11 +520,21 @@ def test_staging_of_channels_first_tensors(library, monkeypatch, dtype):
 
 
 @pytest.mark.gpu
-def test_nan_passes_relu(library):
-    x = torch.ones(1, 16, 8, 8, dtype=torch.bfloat16, device="cuda").to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 16, 16, 8, 1), (2, 256, 64, 20, 1), (2, 64, 128, 16, 3)])
+def test_nan_passes_relu(shape, dtype, library):
+    """From the first call on, and after cuDNN's epilogue was tried; in TF32 the one for 256 channels loses it."""
+    batch, channels, out_channels, size, kernel = shape
+    x, w = random_tensors(
+        21, (batch, channels, size, size), (out_channels, channels, kernel, kernel), dtype=dtype, device="cuda"
+    )
     x[0, 0, 3, 3] = torch.nan
-    y = fused.conv2d(x, torch.ones(16, 16, 1, 1, dtype=torch.bfloat16, device="cuda"), activation="relu")
-    assert y.isnan().sum() == 16
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        for x_, w_ in both_layouts(x, w):
+            exact = F.conv2d(x_.double(), w_.double(), padding=kernel // 2).relu()
+            for _ in range(aten.SIGHTINGS + 2):
+                y = fused.conv2d(x_, w_, padding=kernel // 2, activation="relu")
+                torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2 * channels**0.5, equal_nan=True)
 
 
 @pytest.mark.gpu
@@ -313,6 +562,26 @@ def test_operands_are_rounded_to_tf32():
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     wide = torch.randn(3, 4, 5, 6)[:, 1:, :, ::2]
     assert torch.equal(round_to_tf32(wide), round_to_tf32(wide.contiguous()))
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 1, 0), (3, 1, 0, 2)])
+@pytest.mark.parametrize("shape", [(5, 3, 2, 4), (40, 30, 3, 1), (1, 7, 1, 1), (1, 1, 1, 1)])
+def test_permuted_operands_are_rounded_in_one_pass(shape, axes, device):
+    (x,) = random_tensors(25, shape, dtype=torch.float32, device=device)
+    y = round_contiguous(x.permute(axes))
+    assert y.is_contiguous() and torch.equal(y, round_to_tf32(x).permute(axes))
+
+
+def test_a_tensor_seen_with_three_axes():
+    weight = torch.empty(5, 3, 2, 4)
+    for axes, expected in (
+        ((0, 2, 3, 1), (8, 3, 24, 1, 8)),
+        ((2, 3, 1, 0), (3, 5, 1, 8, 24)),
+        ((0, 1, 2, 3), (1, 120, 0, 0, 1)),
+        ((3, 1, 0, 2), None),
+    ):
+        view = weight.permute(axes)
+        assert three_axes(view.shape, view.stride()) == expected
 
 
 def test_weight_gradient_of_the_library_for_asymmetric_padding(library, device):

@@ -233,6 +233,29 @@ def test_tanh_everywhere(device):
     torch.testing.assert_close(y[good].double(), exact[good], rtol=4 * 2.0**-23, atol=1e-44)
 
 
+@kernels_run
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tanh_of_every_number_in_16_bits(dtype, device):
+    """Half a unit in the last place is the rounding's."""
+    z = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(device).view(1, 256, 1, 256)
+    y, factor = torch.full_like(z, torch.nan), torch.full_like(z, torch.nan)
+    scan(z, None, None, torch.zeros(1, 256, 256, dtype=dtype, device=device), None, y, factor, "tanh")
+    exact = torch.tanh(z.double()).cpu()
+    y = y.double().cpu()
+    assert torch.equal(y.isnan(), exact.isnan())
+    info = torch.finfo(dtype)
+    unit = info.eps * 2.0 ** torch.floor(torch.log2(exact.abs().clamp(min=info.tiny)))
+    # Triton's interpreter rounds to bf16 towards zero.
+    most = 1.13 if INTERPRETED and dtype == torch.bfloat16 and device == "cpu" else 0.63
+    normal = exact.abs() >= info.tiny
+    assert ((y - exact).abs() / unit)[normal].max() <= most
+    assert y[~normal].nan_to_num().abs().max() <= info.tiny  # a subnormal number, or 0
+    # 1 - tanh^2 of what is not rounded yet, so that it is right where tanh is all but 1.
+    slope = 1 - exact**2
+    assert ((factor.double().cpu() - slope).abs() / slope.clamp(min=1e-3)).nan_to_num().max() <= 2 * info.eps
+
+
 def test_nan_and_infinity_go_where_torch_lets_them(device):
     ours = fused.RNN(2, 5, nonlinearity="relu").to(device)
     theirs = as_torch(ours, nonlinearity="relu")

@@ -10,11 +10,13 @@ import backstride.fused_ops as fused
 import pytest
 import torch
 from backstride.fused_ops import dispatch
+from backstride.fused_ops.registration import cast_all
 from backstride.fused_ops.rnn import ops
 from backstride.kernels.runtime import INTERPRETED
 from torch import nn
 from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.profiler import profile
 from torch.testing._internal.common_modules import module_db
 
 from .modes import run_python
@@ -306,6 +308,35 @@ def test_copies_pickles_and_no_warnings(device):
             torch.testing.assert_close(module(x), theirs(x), rtol=1e-3, atol=1e-4)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     assert all(p.abs().max() <= 5**-0.5 for p in fused.RNN(3, 5).parameters())
+
+
+def test_weights_are_cast_in_one_launch_and_their_gradients_back(device):
+    """With derivatives of every order and kind."""
+    tensors = [torch.randn(*n, dtype=torch.float64, device=device, requires_grad=True) for n in ((3, 4), (2,), (2,))]
+    frozen = [*tensors[:2], tensors[2].detach()]
+    for given in (tensors, frozen):
+        with profile() as profiler:
+            results = cast_all(given, torch.float32)
+        names = {event.key: event.count for event in profiler.key_averages()}
+        assert names["aten::_foreach_copy_"] == 1 and "aten::to" not in names
+        for result, tensor in zip(results, given, strict=True):
+            assert torch.equal(result, tensor.float()) and result.requires_grad == tensor.requires_grad
+    (gradient,) = torch.autograd.grad(sum((r**3).sum() for r in cast_all(tensors, torch.float32)), tensors[:1])
+    torch.testing.assert_close(gradient, (3 * tensors[0] ** 2).float().double())
+    assert gradient.dtype == torch.float64
+
+    def cubes(*tensors):
+        return [t.double() ** 3 for t in cast_all(tensors, torch.float32)]
+
+    inner = torch.autograd.grad(sum(y.sum() for y in cubes(*tensors)), tensors, create_graph=True)
+    outer = torch.autograd.grad(sum(g.sum() for g in inner), tensors)
+    for second, tensor in zip(outer, tensors, strict=True):
+        torch.testing.assert_close(second, 6 * tensor, rtol=1e-5, atol=1e-5)
+    each = [t.detach()[:2] for t in tensors]
+    torch.testing.assert_close(vmap(cubes)(*each), [t**3 for t in each], rtol=1e-5, atol=1e-5)
+    assert cast_all(tensors, torch.float64) is tensors
+    mixed = cast_all([tensors[0], tensors[1].float()], torch.float32)
+    assert [t.dtype for t in mixed] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,12 +14,23 @@ from torch import Tensor
 
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
-from ..dispatch import ATEN, REFUSED, Path, autocast, autocast_dtype, autocasts, explained_by, kernel_path
+from ..dispatch import (
+    ATEN,
+    BY_AUTOGRAD,
+    REFUSED,
+    Path,
+    autocast,
+    autocast_dtype,
+    autocasts,
+    explained_by,
+    is_short,
+    kernel_path,
+)
 from ..sizes import remembered
 from . import aten, dense, ops
 from . import out as given
 
-LIBRARY = Path(ATEN, "the products are dense, for which cuDNN is faster; bias, residual and ReLU are one kernel's pass")
+LIBRARY = Path(ATEN, "cuDNN is faster for these products; ReLU and a residual are its own or one kernel's pass")
 
 IntOrTuple = int | Sequence[int]
 
@@ -199,7 +211,9 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
         call, path = _plan(bind, axes, *(arguments[name] for name in names))
         if call is None:
             return path
-        device, out = call.x.device.type, arguments.get("out")
+        device, out, skip = call.x.device.type, arguments.get("out"), arguments.get("skip")
+        if skip is not None and _is_short_concat(call, skip, arguments["weight"], arguments["bias"]):
+            return BY_AUTOGRAD
         x, weight = autocast(call.x, device), autocast(arguments["weight"], device)
         if out is not None:
             given.check_shape(out, call.shape)
@@ -260,8 +274,9 @@ def _run(
     dtype, geometry = autocast_dtype(x, device) if casting else x.dtype, Geometry(*call[4:])
     plain = residual is None and out is None
     by_library = plain and aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], geometry, dtype)
-    if by_library and not relu:
-        return function(*arguments)  # which casts, too
+    if by_library and (not relu or is_short(math.prod(call.shape), x, weight, bias)):
+        y = function(*arguments)  # which casts, too
+        return y.relu_() if relu else y
     if casting:
         x, weight = autocast(x, device), autocast(weight, device)
         bias, residual = autocast(bias, device), autocast(residual, device)
@@ -470,7 +485,7 @@ def conv_transpose2d_concat(
     relu = _is_relu(activation)
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
     call = _call(_bind_transposed, 2, arguments)
-    if call is None:
+    if call is None or _is_short_concat(call, skip, weight, bias):
         up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
         skip = autocast(skip, up.device.type)
         _check_skip(skip, up.shape, up.dtype)
@@ -484,6 +499,10 @@ def conv_transpose2d_concat(
     skip = skip if call.batched else skip.unsqueeze(0)
     y = ops.conv_transpose_concat(x, skip, weight, bias, *call[3:], relu)
     return y if call.batched else y.squeeze(0)
+
+
+def _is_short_concat(call: _Call, skip: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return is_short(math.prod(call.shape) + skip.numel(), call.x, skip, weight, bias)
 
 
 def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -104,6 +104,11 @@ def _forward(
     return y
 
 
+def _is_better_staged(form: torch.memory_format, x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Whether cuDNN is handed a copy in channels-last memory of x, and of what has so many channels."""
+    return form == torch.contiguous_format and aten.is_better_channels_last(x, channels, _tf32(x), weight.numel())
+
+
 def _library_forward(
     transposed: bool,
     x: Tensor,
@@ -114,22 +119,22 @@ def _library_forward(
     geometry: Geometry,
     relu: bool,
 ) -> Tensor:
-    """The products by cuDNN, and the epilogue in one pass.
-
-    cuDNN has one of its own, with ReLU, that takes no time (bench/results/library_or_kernel_nvidia-h200.csv). Whether
-    NaN comes through it, as here it has to, is not known.
-    """
+    """The products by cuDNN, and the epilogue by it too, or in one pass."""
     form = memory_format(x, weight)
-    channels = weight.shape[1] if transposed else weight.shape[0]
-    staged = form == torch.contiguous_format and aten.is_better_channels_last(x, channels, _tf32(x))
+    staged = _is_better_staged(form, x, weight, weight.shape[1] * geometry.groups if transposed else weight.shape[0])
     operand = kernels.to_channels_last(x) if staged else x
-    product = (aten.conv_transpose if transposed else aten.conv)(operand, weight, None, output_size, geometry)
+    product, finished = None, False
+    if relu and residual is None and not transposed:
+        product = aten.conv_relu(operand, weight, bias, output_size, geometry, _tf32(x))
+        finished = product is not None
+    if product is None:
+        product = (aten.conv_transpose if transposed else aten.conv)(operand, weight, None, output_size, geometry)
     if staged:
         y = _empty_result(transposed, x, weight, output_size, geometry.groups)
         kernels.from_channels_last(product, y)
     else:
         y = product.contiguous(memory_format=form)
-    if bias is not None or residual is not None or relu:
+    if not finished and (bias is not None or residual is not None or relu):
         kernels.add_epilogue(y, bias, None if residual is None else with_strides_of(y, residual), relu=relu)
     return y
 
@@ -183,9 +188,13 @@ def _conv_weight_grad(
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     weight = _empty_weight(x, y, kernel_size, groups)
-    if kernel_path(x).name == ATEN or aten.is_better(x, kernel_size, geometry):
+    if kernel_path(x).name == ATEN or aten.is_better(x, kernel_size, geometry, y_channels=y.shape[1]):
         form = memory_format(x, y)
-        if form == torch.contiguous_format and x.is_cuda and aten.is_better_channels_last(x, y.shape[1], _tf32(x)):
+        if (
+            form == torch.contiguous_format
+            and x.is_cuda
+            and aten.is_better_channels_last(x, y.shape[1], _tf32(x), weight.numel())
+        ):
             x, y = kernels.to_channels_last(x), kernels.to_channels_last(y)
         return aten.weight_grad(x, y, weight, geometry).contiguous(memory_format=form)
     kernels_for(weight.shape, groups).weight_grad(x, y, weight, geometry, tf32=_tf32(x))
@@ -211,7 +220,7 @@ def _conv_transpose_concat(
     channels = skip.shape[1], weight.shape[1] * groups
     y = _empty(x, sum(channels), output_size, (x, weight, skip))
     left, right = y.split_with_sizes(channels, 1)
-    left.copy_(skip)
+    kernels.copy(skip, left)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     _launch(True, x, weight, bias, None, right, geometry, relu)
     return y
@@ -248,11 +257,12 @@ def _through_relu(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-def _through_epilogue(grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The same, and with `bias` the gradient by the bias, in one pass."""
-    if kernel_path(grad).name != ATEN and grad.numel() and (bias or y is not None) and launches((grad, y)):
-        before = None if y is None else torch.empty_like(y)
-        tensors = (grad,) if y is None or before is None else (grad, y, before)
+def _through_epilogue(grad: Tensor, y: Tensor | None, bias: bool, dense: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The same, and with `bias` the gradient by the bias, in one pass. With `dense` the first has memory of its own."""
+    wanted = bias or y is not None or dense
+    if wanted and kernel_path(grad).name != ATEN and grad.numel() and launches((grad, y)):
+        before = torch.empty_like(grad if y is None else y) if dense or y is not None else None
+        tensors = [tensor for tensor in (grad, y, before) if tensor is not None]
         # An expanded gradient is walked neither way.
         if kernels.channels_are_lanes(*map(layout_of, tensors)) is not None:
             sums = kernels.epilogue_grad(grad, y, before, sums=bias)
@@ -358,8 +368,12 @@ class _ConvTransposeConcat(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        y_up = None if y is None else y[:, ctx.split :]
-        grad_up, grad_bias = _through_epilogue(grads[0][:, ctx.split :], y_up, needs[3])
+        y_up, grad_up = None if y is None else y[:, ctx.split :], grads[0][:, ctx.split :]
+        # cuDNN does not read slices: for each gradient torch would copy this one.
+        dense = memory_format(grad_up) != torch.contiguous_format and aten.is_better(
+            grad_up, weight.shape[2:], Geometry(*ctx.settings.geometry)
+        )
+        grad_up, grad_bias = _through_epilogue(grad_up, y_up, needs[3], dense)
         grad_x, grad_weight = _gradients(ctx.settings, grad_up, x, weight, (needs[0], needs[2]))
         grad_skip = grads[0][:, : ctx.split] if needs[1] else None
         return grad_x, grad_skip, grad_weight, grad_bias, None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.pool import Windows, reference
-from ..dispatch import ATEN, REFUSED, Path, explained_by, kernel_path
+from ..dispatch import ATEN, BY_AUTOGRAD, REFUSED, Path, explained_by, is_short, kernel_path
 from ..sizes import remembered
 from . import ops
 
@@ -86,7 +86,7 @@ def _plan_pool(axes: int, input, kernel_size, stride, padding, dilation, ceil_mo
 
 def _pool(axes: int, arguments: tuple[Any, ...], return_indices: bool) -> Any:
     call, path = _plan_pool(axes, *arguments)
-    if call is None or (path.name == ATEN and not torch.compiler.is_compiling()):
+    if call is None or (path.name == ATEN and not torch.compiler.is_compiling()) or is_short(call.x.numel(), call.x):
         return ops.ATEN_POOLS[axes](*arguments, return_indices)
     result = ops.max_pool(call.x, *call.windows, call.size, False)
     values, indices = result if call.batched else (t.squeeze(0) for t in result)
@@ -126,9 +126,10 @@ def _unpool(axes: int, input, indices, kernel_size, stride, padding, output_size
     return ops.max_unpool(input, indices, size)
 
 
-def _pool_planner(axes: int) -> Callable[..., Path]:
+def _pool_planner(axes: int, offsets: bool = False) -> Callable[..., Path]:
     def plan(input, kernel_size, stride, padding, dilation, ceil_mode=False, **_: Any) -> Path:
-        return _plan_pool(axes, input, kernel_size, stride, padding, dilation, ceil_mode)[1]
+        call, path = _plan_pool(axes, input, kernel_size, stride, padding, dilation, ceil_mode)
+        return BY_AUTOGRAD if call and not offsets and is_short(call.x.numel(), call.x) else path
 
     return plan
 
@@ -278,7 +279,7 @@ def max_unpool3d(
     return _unpool(3, input, indices, kernel_size, stride, padding, output_size)
 
 
-@explained_by(_pool_planner(1))
+@explained_by(_pool_planner(1, offsets=True))
 def max_pool1d_with_offsets(
     input: Tensor,
     kernel_size: IntOrTuple,
@@ -291,7 +292,7 @@ def max_pool1d_with_offsets(
     return _with_offsets(1, (input, kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@explained_by(_pool_planner(2))
+@explained_by(_pool_planner(2, offsets=True))
 def max_pool2d_with_offsets(
     input: Tensor,
     kernel_size: IntOrTuple,
@@ -310,7 +311,7 @@ def max_pool2d_with_offsets(
     return _with_offsets(2, (input, kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@explained_by(_pool_planner(3))
+@explained_by(_pool_planner(3, offsets=True))
 def max_pool3d_with_offsets(
     input: Tensor,
     kernel_size: IntOrTuple,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import ATEN, REFUSED, Path, autocast, autocasts, explained_by, kernel_path
+from ..dispatch import ATEN, REFUSED, Path, autocast, autocast_dtype, autocasts, explained_by, kernel_path
+from ..registration import cast_all
 from . import ops
 from .rows import first_rows, offsets_of
 
@@ -103,10 +104,11 @@ def _cast(call: Call) -> Call:
     if not autocasts(call.input):
         return call
     device = call.input.device.type
+    dtypes = {autocast_dtype(t, device) for t in call.params}
     return call._replace(
         input=autocast(call.input, device),
         hx=autocast(call.hx, device),
-        params=[autocast(t, device) for t in call.params],
+        params=cast_all(call.params, *dtypes) if len(dtypes) == 1 else [autocast(t, device) for t in call.params],
     )
 
 

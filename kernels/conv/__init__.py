@@ -15,7 +15,7 @@ pixels that the same taps reach, so that no padding is multiplied; the third alw
 the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
 """
 
-from .epilogue import add_epilogue, channels_are_lanes, epilogue_grad
+from .epilogue import add_epilogue, channels_are_lanes, copy, epilogue_grad
 from .launch import apply, apply_transposed, describe, weight_grad
 from .plan import Geometry
 from .pyramid import apply_pyramid, describe_pyramid, same_geometry
@@ -28,6 +28,7 @@ __all__ = [
     "apply_pyramid",
     "apply_transposed",
     "channels_are_lanes",
+    "copy",
     "describe",
     "describe_pyramid",
     "epilogue_grad",

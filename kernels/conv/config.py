@@ -51,13 +51,15 @@ def choose_config(
     device: Device,
     parts: int = 1,
     channels_last: bool = True,
+    uneven: bool = False,
 ) -> ConvConfig:
     """Tile for `parts` products in one launch, each of m × k by k × n, of `itemsize` bytes an element.
 
     `tensor_cores` is False for IEEE fp32, which multiplies on the plain units from registers and so wants
     small tiles. `wide` is False where the operands can't be read several elements at once (odd channel counts, few
     channels in NCHW): then every element has an address of its own in registers, and the largest tiles spill. So does
-    a large tile of few warps that is not `channels_last` on all sides.
+    a large tile of few warps that is not `channels_last` on all sides. `uneven`: some programs have several times as
+    much to do as others, as in zones, and the launch lasts as long as they do.
     """
     if itemsize == 8:
         # Only the interpreter runs fp64, and its time goes by steps, not by their size.
@@ -72,7 +74,8 @@ def choose_config(
         return ConvConfig(block_m, 8, 16, block_m // 16, 3)
     block_m = block_of(m, 16, 128)
     # Fewer tiles than multiprocessors leave some idle: halve the tile while it stays a full tensor-core shape.
-    while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < device.multiprocessors:
+    enough = (2 if uneven else 1) * device.multiprocessors
+    while block_m > 64 and -(-m // block_m) * -(-n // block_n) * parts < enough:
         block_m //= 2
     if not wide:
         # In TF32 operands are rounded in registers, for which the largest tile leaves none on Ampere.

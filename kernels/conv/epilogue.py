@@ -19,6 +19,7 @@ from .config import block_of
 TILE = 4096  # elements
 GRAD_TILE = 2048  # where three tensors have addresses, and sums their registers
 LANES = {True: 64, False: 1024}  # of them side by side in memory, at most: channels, or else pixels
+LITTLE = 2**18  # elements
 PROGRAMS = 8  # on a multiprocessor, of those that add up
 
 RUNTIME = ["N", "CHANNELS", "PIXELS", "stride_n", "stride_r"]
@@ -101,6 +102,7 @@ def epilogue_grad_kernel(
     stride_zn,
     stride_zr,
     RELU: tl.constexpr,
+    STORES: tl.constexpr,
     SUMS: tl.constexpr,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
@@ -108,7 +110,7 @@ def epilogue_grad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """z = grad where y > 0, else 0, and with SUMS sum over pixels of z; without RELU that of grad, and no z.
+    """z = grad where y > 0, else 0, or without RELU all of grad; and with SUMS sum over pixels of z.
 
     The grid's first axis counts blocks of channels, the second the partial sums: each adds up the blocks of pixels
     that follow each other, in their order.
@@ -125,6 +127,7 @@ def epilogue_grad_kernel(
             y = tl.load(y_ptr + _offsets(n, rows, lanes, stride_yn, stride_yr, VEC), mask=mask, other=0.0)
             # As torch's: where y is NaN the gradient passes.
             grad = tl.where(y <= 0, 0.0, grad).to(grad.dtype)
+        if STORES:
             tl.store(z_ptr + _offsets(n, rows, lanes, stride_zn, stride_zr, VEC), grad, mask=mask)
         if SUMS:
             acc += grad.to(ACC)
@@ -218,19 +221,27 @@ def add_epilogue(y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Ten
 def epilogue_grad(
     grad: torch.Tensor, y: torch.Tensor | None, z: torch.Tensor | None, *, sums: bool
 ) -> torch.Tensor | None:
-    """Write grad where y > 0, else 0, into z; both may be None. With `sums` returns what it adds up to over batch and
-    pixels, (K,).
+    """Write grad where y > 0, else 0, into z; without y all of grad, and without z nothing. With `sums` returns what it
+    adds up to over batch and pixels, (K,).
 
     Shapes: all (N, K, *size), not empty, and such that `channels_are_lanes` says how to walk them.
     """
-    relu = y is not None
     layout = layout_of(grad)
-    others = (layout_of(y), layout_of(z)) if y is not None and z is not None else (layout, layout)
+    others = (layout if each is None else layout_of(each) for each in (y, z))
     plan = plan_epilogue_grad(layout, *others, grad.dtype, device_of(grad))
     partial = None
     if sums:
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         partial = torch.empty((plan.grid[1], grad.shape[1]), dtype=dtype, device=grad.device)
     with device_guard(grad):
-        plan.launch(grad, y, z, partial, RELU=relu, SUMS=sums)
+        plan.launch(grad, y, z, partial, RELU=y is not None, STORES=z is not None, SUMS=sums)
     return None if partial is None else partial.sum(0).to(grad.dtype)
+
+
+def copy(x: torch.Tensor, y: torch.Tensor) -> None:
+    """y = x, of one shape and dtype. torch's own copy moves one number at a time where it meets a slice; but its call
+    is shorter, so what is little is left to it."""
+    if x.numel() > LITTLE and channels_are_lanes(layout_of(x), layout_of(y)) is not None:
+        epilogue_grad(x, None, y, sums=False)
+    else:
+        y.copy_(x)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..runtime import Plan, device_guard, device_of
-from ..tf32 import round_to_tf32
+from ..tf32 import round_contiguous, round_to_tf32
 from . import zones
 from .access import layout_of
 from .plan import ConvPlan, Geometry
@@ -64,9 +64,7 @@ def _launch_forward(
         weight = weight.unflatten(2 + 2 * axis, (-1, residues))
     if plan.axes not in IN_ORDER:
         weight = _permuted(weight, plan.axes)
-    weight = weight.contiguous()
-    if plan.rounds:
-        weight = round_to_tf32(weight)
+    weight = round_contiguous(weight) if plan.rounds else weight.contiguous()
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from .plan import (
     uses_tensor_cores,
 )
 
+NARROW = 32  # results of a pixel
 ACROSS = (2, 4, 8, 16, 32)  # strides along W whose residues may be columns: a tile has a multiple of them
 
 
@@ -118,6 +119,12 @@ def zones_plan(
     )
 
 
+def _is_wide(x: Access, a: int, b: int) -> bool:
+    """Whether all operands of X are read several elements at once: along b. One by one a results are stored then, whose
+    addresses registers hold only where they are few."""
+    return access.is_wide([x], b) and (access.is_wide([x], a) or a <= NARROW)
+
+
 @lru_cache(maxsize=4096)
 def plan_apply(
     x: Layout,
@@ -139,16 +146,18 @@ def plan_apply(
     tensor_cores = uses_tensor_cores(dtype, tf32)
     if tensor_cores and access.is_better_staged(access_y, a):
         return replace(plan_apply(x, weight, access.channels_last(y), geometry, dtype, tf32, device), staged=True)
-    config = choose_config(
+    choose = partial(
+        choose_config,
         pixels,
         a,
         taps * b if flatten else b,
         dtype.itemsize,
         tensor_cores,
-        not flatten and access.is_wide([access_x], a, b),
+        not flatten and _is_wide(access_x, a, b),
         device,
         channels_last=access.is_channels_last(access_x, access_y),
     )
+    config = choose()
     constants = layer_constants(kernel, geometry, b, a, access_x, access_y) | {
         "FLATTEN": flatten,
         "PADDED": is_padded(kernel, geometry, x, y),
@@ -160,6 +169,7 @@ def plan_apply(
         if tensor_cores and access.is_better_staged(access_y._replace(vector=1), a):
             return replace(plan_apply(x, weight, access.channels_last(y), geometry, dtype, tf32, device), staged=True)
         note = _zones_note(found, geometry, y.shape[2:], False)
+        constants |= block_constants(choose(uneven=True))
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, False, axes, note)
     sizes = sizes_of(x, y, geometry, b // constants["IN_VEC"], a // constants["OUT_VEC"], access_x, access_y)
     grid = (triton.cdiv(pixels, config.block_m) * geometry.groups * triton.cdiv(a, config.block_n),)
@@ -243,7 +253,8 @@ def plan_apply_transposed(
         launched, phases = conv_apply_transposed_kernel, math.prod(geometry.stride)
         for axis in "DHW":
             constants[f"G{axis}"] = math.gcd(constants[f"S{axis}"], constants[f"D{axis}"])
-    config = choose_config(
+    choose = partial(
+        choose_config,
         rows,
         columns,
         a,
@@ -254,6 +265,7 @@ def plan_apply_transposed(
         phases,
         access.is_channels_last(access_x, access_y),
     )
+    config = choose()
     steps = triton.cdiv(a * math.prod(kernel) // math.prod(geometry.stride), config.block_k)
     if scatter and dtype.itemsize == 2 and config.num_warps == 8 and config.block_k > 16 and steps <= 4:
         # Short sums, large results: smaller programs, of which one stores while others multiply. On an H200 up to a
@@ -267,6 +279,7 @@ def plan_apply_transposed(
             innermost = access.channels_last(y)
             return replace(plan_apply_transposed(x, weight, innermost, geometry, dtype, tf32, device), staged=True)
         note = _zones_note(found, geometry, y.shape[2:], True)
+        constants |= block_constants(choose(uneven=True))
         return zones_plan([found], y, geometry.groups, access_x, access_y, constants, True, axes, note)
     sizes = sizes_of(x, y, geometry, a // constants["IN_VEC"], b // constants["OUT_VEC"], access_x, access_y)
     tiles = triton.cdiv(rows, config.block_m) * geometry.groups * triton.cdiv(columns, config.block_n)

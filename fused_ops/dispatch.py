@@ -44,18 +44,14 @@ REFUSED = Path(ATEN, "arguments that torch's own function refuses: it is called,
 
 def kernel_path(tensor: torch.Tensor) -> Path:
     """Path of an op whose kernels take fp16, bf16 and fp32 on a GPU, and fp64 too under the interpreter."""
-    device, dtype = tensor.device.type, tensor.dtype
-    if device == "cuda":
-        if dtype in ON_GPU:
-            return ON_GPU[dtype]
-        return Path(ATEN, f"no kernel for {dtype} on a GPU")
-    if device != "cpu":
-        return Path(ATEN, f"no kernels for device {device}")
+    dtype = tensor.dtype  # not the device's type, which takes as long as all else here
+    if tensor.is_cuda:
+        return ON_GPU.get(dtype) or Path(ATEN, f"no kernel for {dtype} on a GPU")
+    if not tensor.is_cpu:
+        return Path(ATEN, f"no kernels for device {tensor.device.type}")
     if not INTERPRETED:
         return ON_CPU
-    if dtype in ON_INTERPRETER:
-        return ON_INTERPRETER[dtype]
-    return Path(ATEN, f"no kernel for {dtype}")
+    return ON_INTERPRETER.get(dtype) or Path(ATEN, f"no kernel for {dtype}")
 
 
 def is_short(numbers: int, *tensors: Tensor | None) -> bool:

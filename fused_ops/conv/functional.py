@@ -502,7 +502,7 @@ def conv_transpose2d_concat(
 
 
 def _is_short_concat(call: _Call, skip: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return is_short(math.prod(call.shape) + skip.numel(), call.x, skip, weight, bias)
+    return torch.is_grad_enabled() and is_short(math.prod(call.shape) + skip.numel(), call.x, skip, weight, bias)
 
 
 def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -119,10 +119,10 @@ def zones_plan(
     )
 
 
-def _is_wide(x: Access, a: int, b: int) -> bool:
-    """Whether all operands of X are read several elements at once: along b. One by one a results are stored then, whose
-    addresses registers hold only where they are few."""
-    return access.is_wide([x], b) and (access.is_wide([x], a) or a <= NARROW)
+def _is_wide(x: Access, a: int, b: int, tensor_cores: bool) -> bool:
+    """Whether all operands of X are read several elements at once: along b. The a results may be stored one by one
+    then: registers hold their addresses where they are few, if they don't hold the operands too."""
+    return access.is_wide([x], b) and (access.is_wide([x], a) or (tensor_cores and a <= NARROW))
 
 
 @lru_cache(maxsize=4096)
@@ -153,7 +153,7 @@ def plan_apply(
         taps * b if flatten else b,
         dtype.itemsize,
         tensor_cores,
-        not flatten and _is_wide(access_x, a, b),
+        not flatten and _is_wide(access_x, a, b, tensor_cores),
         device,
         channels_last=access.is_channels_last(access_x, access_y),
     )

@@ -23,6 +23,7 @@ BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_rnn, bench_networks)
 REPEATS = 100
 QUICK_REPEATS = 25
 PROBE_REPEATS = 15
+WRITTEN_EVERY = 3  # seconds
 
 # Outside a terminal, where rich assumes 80 columns, the tables would lose half of their words.
 console = Console(width=None if sys.stdout.isatty() else 180)
@@ -30,6 +31,17 @@ console = Console(width=None if sys.stdout.isatty() else 180)
 
 def all_cases(quick: bool, tiny: bool) -> list[Case]:
     return [case for bench in BENCHES for case in bench.cases(quick, tiny)]
+
+
+def most_wanted_first(cases: list[Case]) -> list[Case]:
+    """Quick cases, networks, then bf16, fp32 and fp16: a run may end before its cases do."""
+    quick = {report.key_of(case) for case in all_cases(True, False)}
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+
+    def rank(case: Case) -> tuple[bool, bool, int]:
+        return report.key_of(case) not in quick, case.op != "network", dtypes.index(case.dtype)
+
+    return sorted(cases, key=rank)
 
 
 def progress() -> Progress:
@@ -81,13 +93,13 @@ def merged(rows: list[report.Row], new: list[report.Row]) -> list[report.Row]:
 
 
 def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float, path: Path) -> bool:
-    """Time the cases that `path` does not hold yet; False if one of them was wrong. It is written after every case,
+    """Time the cases that `path` does not hold yet; False if one of them was wrong. It is written every few seconds,
     and no case is started after `minutes`."""
     started = time.monotonic()
     repeats = QUICK_REPEATS if quick else REPEATS
     where = report.environment()
     rows = report.read_rows(path) if path.exists() else []
-    left = pending(selected, rows, where)
+    left = most_wanted_first(pending(selected, rows, where))
     console.print(f"{len(selected) - len(left)} of {len(selected)} cases are in {path}")
     if not left:
         return True
@@ -95,35 +107,49 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
     wrong = 0
     new: list[report.Row] = []
     to_time = len(left)
+    written = time.monotonic()
     with progress() as bar, Ahead(partial(all_cases, quick, False), "cuda") as processes:
         task = bar.add_task("timing", total=to_time)
-        while left and time.monotonic() - started < 60 * minutes:
-            if (to_time - len(left)) % CASES_AT_ONCE == 0:
-                bar.update(task, description="compiling")
-                processes.compile(left[:CASES_AT_ONCE])
-            case = left.pop(0)
-            bar.update(task, description=escape(str(case)[:60]))
-            graph = case.replayed
-            if graph is None:
-                graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
-            try:
-                result = run_case(case, "cuda", lambda calls, graph=graph: measure(calls, repeats, graph), compiled)
-                mine = report.rows_of(case, result, ceilings, where)
-            except Exception as error:  # a case that is wrong or does not fit must not cost the others their times
-                reason = f"{type(error).__name__}: {error}"
-                console.print(f"[red]NOT TIMED[/] {escape(f'{case}: {reason}')}")
-                mine = [report.failed_row(case, reason[:300], ceilings, where)]
-                wrong += 1
-            rows, new = merged(rows, mine), new + mine
-            report.write_rows(rows, path)
-            gc.collect()
-            torch.cuda.empty_cache()
-            bar.advance(task)
+        try:
+            while left and time.monotonic() - started < 60 * minutes:
+                if (to_time - len(left)) % CASES_AT_ONCE == 0:
+                    bar.update(task, description="compiling")
+                    processes.compile(left[:CASES_AT_ONCE])
+                case = left.pop(0)
+                bar.update(task, description=escape(str(case)[:60]))
+                graph = case.replayed
+                if graph is None:
+                    graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
+                try:
+                    result = run_case(case, "cuda", lambda calls, graph=graph: measure(calls, repeats, graph), compiled)
+                    mine = report.rows_of(case, result, ceilings, where)
+                except Exception as error:  # a case that is wrong or does not fit must not cost the others their times
+                    reason = f"{type(error).__name__}: {error}"
+                    console.print(f"[red]NOT TIMED[/] {escape(f'{case}: {reason}')}")
+                    mine = [report.failed_row(case, reason[:300], ceilings, where)]
+                    wrong += 1
+                rows, new = merged(rows, mine), new + mine
+                if time.monotonic() - written > WRITTEN_EVERY:
+                    report.write_rows(rows, path)
+                    written = time.monotonic()
+                _free_memory()
+                bar.advance(task)
+        finally:
+            if new:
+                report.write_rows(rows, path)
     console.print(report.results_table(new))
     console.print(f"{len(rows)} rows in {path}; {wrong} cases failed")
     if left:
         console.print(f"[yellow]{len(left)} cases are left: run the same command again, and it goes on there.[/]")
     return wrong == 0
+
+
+def _free_memory() -> None:
+    """Where torch keeps so much of the GPU's that the next case may not fit; it takes as long as a small case."""
+    free, total = torch.cuda.mem_get_info()
+    if free < total / 2:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def default_path(quick: bool, op: str | None) -> Path:

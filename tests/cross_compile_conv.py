@@ -11,6 +11,7 @@ from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry, Plan
 from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.pyramid import plan_pyramid
+from backstride.kernels.conv.runs import plan_runs
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.transpose import LONGEST, transpose_kernel
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
@@ -80,6 +81,13 @@ def pyramid_plan(dtype: str, channels_last: bool, device: Device) -> Plan:
     return plan
 
 
+def runs_plan(dtype: str, channels_last: bool, weight_grad: bool, device: Device) -> Plan | None:
+    """The gradients of FCN-8s' last layer; None where they are not summed over runs."""
+    wide, narrow = (dense_layout((16, 21, size, size), channels_last) for size in (568, 70))
+    geometry = Geometry((8, 8), (0, 0), (1, 1), 1)
+    return plan_runs(wide, (21, 21, 16, 16), narrow, geometry, DTYPES[dtype], dtype == "tf32", device, weight_grad)
+
+
 def launch_signature(
     plan: Plan, pointer: str, units: Sequence[str] = CHANNEL_STRIDES
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -114,6 +122,11 @@ def cases(target: Target) -> Iterator[Case]:
                 way = ", transposed" if plan.constants.get("TRANSPOSED") else ""
                 constants = plan.constants | flags_of(plan) | unit
                 yield Case(plan.kernel, signature, constants, f"{name}{way}, {layout}", dtype)
+    for dtype, layout, gradient in itertools.product(DTYPES, LAYOUTS, (False, True)):
+        plan = runs_plan(dtype, layout == "channels_last", gradient, Device(132, target.shared_memory))
+        if plan is not None:
+            signature, _ = launch_signature(plan, POINTER[dtype], ())
+            yield Case(plan.kernel, signature, plan.constants, f"FCN up 16x16 s8, 21 classes, {layout}", dtype)
     for dtype in ("bf16", "fp32"):
         for (name, shape), layout in itertools.product(IMAGES, LAYOUTS):
             y = dense_layout(shape, layout == "channels_last")

@@ -3,6 +3,9 @@ Triton must not interpret here."""
 
 import torch
 from backstride.bench import host
+from backstride.kernels.conv import epilogue
+from backstride.kernels.conv.access import layout_of
+from triton import knobs
 
 
 def record_launches(monitored):
@@ -47,7 +50,47 @@ def check_alignment_is_looked_at():
     assert compiled_for[0] != compiled_for[1]
 
 
+class OnGPU:
+    """What a launch asks a tensor on a GPU about itself."""
+
+    def __init__(self, tensor):
+        self.tensor, self.dtype = tensor, tensor.dtype
+
+    def get_device(self):
+        return 0
+
+    def data_ptr(self):
+        return self.tensor.data_ptr()
+
+
+def check_addresses_are_handed_over():
+    """Of tensors on a GPU, from the second launch on; but what watches launches is told as Triton would tell it."""
+    launches, told = [], []
+    host._Driver.launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: launches.append(arguments))
+    y, bias = torch.zeros(1, 16, 8, 8).to(memory_format=torch.channels_last), torch.zeros(16)
+    plan = epilogue.plan_epilogue(layout_of(y), y.dtype)
+
+    def launch():
+        plan.launch(OnGPU(y), OnGPU(bias), None, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=True)
+        *_, about, before, after = launches[-1][:9]
+        return launches[-1][9:], about, before, after
+
+    with host.stubbed_launch():
+        tensors, about, before, after = launch()
+        assert isinstance(tensors[0], OnGPU) and about is not None and callable(before) and callable(after)
+        addresses, *watched = launch()
+        assert addresses[:3] == (y.data_ptr(), bias.data_ptr(), None) and watched == [None] * 3
+        assert addresses[3:] == tensors[3:]
+        knobs.runtime.launch_enter_hook.add(told.append)
+        try:
+            again, about, before, after = launch()
+        finally:
+            knobs.runtime.launch_enter_hook.remove(told.append)
+        assert again == addresses and about is not None and callable(before) and callable(after)
+
+
 if __name__ == "__main__":
+    check_addresses_are_handed_over()
     check_second_launch_is_the_first()
     check_alignment_is_looked_at()
     rows = host.measure(rounds=2, repeats=5)

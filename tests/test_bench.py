@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -256,7 +257,38 @@ def fake_gpu(monkeypatch, tiny_cases):
     monkeypatch.setattr(run, "measure", lambda calls, repeats, graph: fake_measure(calls))
     monkeypatch.setattr(run, "run_case", lambda case, device, *rest: run_case(case, "cpu", *rest))
     monkeypatch.setattr(run, "Ahead", lambda *_: nullcontext(SimpleNamespace(compile=lambda cases: None)))
+    monkeypatch.setattr(run, "_free_memory", lambda: None)
     return tiny_cases
+
+
+def test_what_is_most_wanted_comes_first():
+    cases = run.all_cases(False, False)
+    ordered = run.most_wanted_first(cases[::-1])
+    assert set(map(report.key_of, ordered)) == set(map(report.key_of, cases)) and len(ordered) == len(cases)
+    quick = set(map(report.key_of, run.all_cases(True, False)))
+    assert {report.key_of(case) for case in ordered[: len(quick)]} == quick
+    rest = ordered[len(quick) :]
+    networks = [case.op == "network" for case in rest]
+    assert networks == sorted(networks, reverse=True) and any(networks)
+    dtypes = [case.dtype for case in rest[sum(networks) :]]
+    assert [dtype for dtype, _ in itertools.groupby(dtypes)] == [torch.bfloat16, torch.float32, torch.float16]
+
+
+def test_a_run_that_is_interrupted_has_written_what_was_timed(monkeypatch, tmp_path):
+    cases = fake_gpu(monkeypatch, [bench_conv.case(LAYER, "input gradient", torch.float32), forward_case()])
+    path = tmp_path / "results.csv"
+    timed = []
+
+    def interrupted(case, device, *rest):
+        if timed:
+            raise KeyboardInterrupt
+        timed.append(case)
+        return run_case(case, "cpu", *rest)
+
+    monkeypatch.setattr(run, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.timed_run(list(cases), False, False, 1.0, path)
+    assert set(report.by_case(report.read_rows(path))) == {report.key_of(timed[0])}
 
 
 def test_cases_run_ahead_in_processes_of_their_own():

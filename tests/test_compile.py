@@ -70,6 +70,8 @@ def test_every_kernel_is_compiled(compiled):
         "spread_kernel",
         "conv_apply_kernel",
         "conv_apply_transposed_kernel",
+        "conv_runs_kernel",
+        "conv_runs_weight_grad_kernel",
         "conv_scatter_kernel",
         "conv_weight_grad_kernel",
         "conv_zones_kernel",

@@ -96,6 +96,11 @@ def _forward(
         y = (aten.conv_transpose if transposed else aten.conv)(x, weight, bias, output_size, geometry)
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).contiguous(memory_format=memory_format(x, weight))
+    plain = bias is None and residual is None and not relu
+    if plain and not transposed and kernels.may_be_runs(weight.shape, geometry):
+        y = _empty_result(transposed, x, weight, output_size, groups)
+        if kernels.apply_runs(x, weight, y, geometry, tf32=_tf32(x)):
+            return y
     if aten.is_better_forward(transposed, x, weight.shape[2:], geometry):
         return _library_forward(transposed, x, weight, bias, residual, output_size, geometry, relu)
     y = _empty_result(transposed, x, weight, output_size, groups)
@@ -188,6 +193,9 @@ def _conv_weight_grad(
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     weight = _empty_weight(x, y, kernel_size, groups)
+    possible = kernel_path(x).name != ATEN and kernels.may_be_runs(weight.shape, geometry)
+    if possible and kernels.weight_grad_runs(x, y, weight, geometry, tf32=_tf32(x)):
+        return weight
     if kernel_path(x).name == ATEN or aten.is_better(x, kernel_size, geometry, y_channels=y.shape[1]):
         form = memory_format(x, y)
         if (

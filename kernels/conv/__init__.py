@@ -13,12 +13,15 @@ and written where they lie. 1-D and 2-D are 3-D with the leading axes of size 1 
 Where a large dilation brings many taps to padding, the first two run over validity zones (`zones`): boxes of output
 pixels that the same taps reach, so that no padding is multiplied; the third always sums over such boxes. A table lists
 the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
+
+Where a large stride meets few channels, as in the gradients of FCN's upsampling, the first and the third sum over `runs`.
 """
 
 from .epilogue import add_epilogue, channels_are_lanes, copy, epilogue_grad
 from .launch import apply, apply_transposed, describe, weight_grad
 from .plan import Geometry
 from .pyramid import apply_pyramid, describe_pyramid, same_geometry
+from .runs import apply_runs, may_be_runs, weight_grad_runs
 from .transpose import from_channels_last, to_channels_last
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "add_epilogue",
     "apply",
     "apply_pyramid",
+    "apply_runs",
     "apply_transposed",
     "channels_are_lanes",
     "copy",
@@ -33,7 +37,9 @@ __all__ = [
     "describe_pyramid",
     "epilogue_grad",
     "from_channels_last",
+    "may_be_runs",
     "same_geometry",
     "to_channels_last",
     "weight_grad",
+    "weight_grad_runs",
 ]

@@ -14,7 +14,7 @@ Where a large dilation brings many taps to padding, the first two run over valid
 pixels that the same taps reach, so that no padding is multiplied; the third always sums over such boxes. A table lists
 the boxes, and `apply_pyramid` puts those of several dilated branches over one input into one table, hence one launch.
 
-Where a large stride meets few channels, as in the gradients of FCN's upsampling, the first and the third sum over `runs`.
+Where a large stride meets few channels, as in the gradients of FCN's upsampling, the first and third sum over `runs`.
 """
 
 from .epilogue import add_epilogue, channels_are_lanes, copy, epilogue_grad

@@ -375,7 +375,7 @@ def test_a_weight_gradient_summed_in_parts(monkeypatch, rows):
 def test_pairs_of_steps_are_rows_and_the_ones_before_them(packed, backward):
     y, v, _, _, packing = scan_inputs("factor", packed, False, torch.float64, "cpu")
     offsets = packing.offsets if packing else None
-    previous = previous_rows(y, offsets, 3, backward)
+    previous = previous_rows(y, offsets, backward)
     expected = torch.einsum("rdi,rdj->dij", previous.flatten(0, -3), v.flatten(0, -3))
     for d, (a, b) in enumerate(pairs_of_steps(y, v, offsets, backward)):
         torch.testing.assert_close(a.T @ b, expected[d])

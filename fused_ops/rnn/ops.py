@@ -182,9 +182,9 @@ class _Scan(Function):
             sums = [_sum_over_rows(*pair) for pair in pairs_of_steps(y, v, offsets, backward)]
             grad_matrix = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
         if needs_gate:
-            previous = previous_rows(y, offsets, batch, backward)
+            previous = previous_rows(y, offsets, backward)
             s = _start(_biased(x, b_ih, b_hh) + _products(previous, matrix), first, offsets, backward)
-            total = grads[0] + _products(previous_rows(v, offsets, batch, not backward), transposed)
+            total = grads[0] + _products(previous_rows(v, offsets, not backward), transposed)
             grad_gate = _by_gate(effect, gate, s * total)
         grad_b_ih, grad_b_hh = grad_bias if needs_b_ih else None, grad_bias if needs_b_hh else None
         return v if needs_x else None, grad_b_ih, grad_b_hh, grad_gate, grad_first, grad_matrix, *[None] * 5
@@ -195,7 +195,7 @@ class _Scan(Function):
         batch, effect, backward = ctx.settings
         dx, db_ih, db_hh, dgate, dfirst, dmatrix, *_ = tangents
         derivative, slope = _derivative(effect, gate, y, factor)
-        previous = previous_rows(y, offsets, batch, backward)
+        previous = previous_rows(y, offsets, backward)
         inner = _biased(torch.zeros_like(y) if dx is None else dx, db_ih, db_hh)
         if dmatrix is not None:
             inner = inner + _products(previous, dmatrix)
@@ -203,7 +203,7 @@ class _Scan(Function):
         if dgate is not None:
             s = _start(_biased(x, b_ih, b_hh) + _products(previous, matrix), first, offsets, backward)
             outer = _by_gate(effect, gate, s) * dgate
-            inner = inner + _products(previous_rows(outer, offsets, batch, backward), matrix)
+            inner = inner + _products(previous_rows(outer, offsets, backward), matrix)
         tangent = scan(inner, (), slope, dfirst, matrix, offsets, batch, derivative, backward)
         tangent = tangent if outer is None else tangent + outer
         return tangent if factor is None else (tangent, None)

@@ -32,7 +32,7 @@ def first_rows(offsets: Tensor | None, like: Tensor, batch: int, forward: bool) 
     return torch.arange(start, start + batch, device=like.device)
 
 
-def previous_rows(y: Tensor, offsets: Tensor | None, batch: int, backward: bool) -> Tensor:
+def previous_rows(y: Tensor, offsets: Tensor | None, backward: bool) -> Tensor:
     """y_{t-1} at step t, and 0 where a sequence starts; y (T, B, D, H) or (rows, D, H).
 
     Direction 0 walks forward in time and direction 1 backward, or with `backward` the other way round.

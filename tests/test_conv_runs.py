@@ -97,7 +97,7 @@ def test_operands_are_rounded_to_tf32(layer, device):
         assert not kernels.weight_grad_runs(x_, y_, poisoned(weight_), shape, tf32=True)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.smoke
 def test_gradients_of_fcns_upsampling(device, monkeypatch):
     """By the op, in whose forward nothing changes."""
     used = []

@@ -1,4 +1,5 @@
-"""Convolutions of large stride over few channels, summed over runs of memory, and their weight gradients."""
+"""Convolutions of large stride over few channels, summed over runs of memory, their weight gradients, and the way back:
+transposed convolutions of odd channels, padded with zeros and made row by row."""
 
 import backstride.fused_ops as fused
 import pytest
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import Geometry
 from backstride.kernels.conv.access import layout_of
+from backstride.kernels.conv.plan_forward import plan_apply_transposed
 from backstride.kernels.conv.runs import plan_runs
 from backstride.kernels.runtime import H200, Device
 from torch import Tensor
@@ -142,3 +144,55 @@ def test_what_is_not_a_matter_of_runs():
     assert plan_runs(layout_of(sideways), *good[1:2], layout_of(torch.empty(good[2])), *good[3:], H200, False) is None
     assert not kernels.may_be_runs(torch.Size((21, 21, 16, 16)), geometry((1, 8)))
     assert not kernels.may_be_runs(torch.Size((21, 64, 16, 16)), geometry((8, 8)))
+
+
+# channels in and out, size, kernel, stride, padding of X^T
+UPSAMPLING = {
+    "FCN-8s": (21, 21, (4, 5), 16, 8, 0),
+    "padding": (5, 3, (3, 4), 16, 8, 4),
+    "one tap": (13, 5, (3, 3), 8, 8, 0),
+    "even results": (21, 24, (3, 3), 16, 8, 0),
+    "small stride": (7, 9, (3, 4), 4, 4, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", UPSAMPLING)
+def test_upsampling_of_odd_channels(layer, dtype, device):
+    """With an epilogue, into memory of its own and into a slice."""
+    channels, out_channels, size, kernel, stride, padding = UPSAMPLING[layer]
+    out = [(i - 1) * stride + kernel - 2 * padding for i in size]
+    shapes = (2, channels, *size), (channels, out_channels, kernel, kernel), (out_channels,), (2, out_channels, *out)
+    x, weight, bias, residual = random_tensors(3, *shapes, dtype=dtype, device=device)
+    for x_, residual_ in both_layouts(x, residual):
+        exact = F.conv_transpose2d(*(t.double() for t in (x, weight, bias)), stride, padding)
+        exact = (exact + residual.double()).relu().cpu()
+        scale = F.conv_transpose2d(*(t.double().abs() for t in (x, weight, bias)), stride, padding)
+        scale = (scale + residual.double().abs()).cpu()
+        arguments = x_, weight, bias, stride, padding
+        y = fused.conv_transpose2d(*arguments, activation="relu", residual=residual_)
+        assert_as_exact_as(y, exact.to(dtype), exact, scale)
+        assert y.stride() == residual_.stride()
+        buffer = torch.full_like(torch.cat([residual_, residual_], 1), torch.nan)
+        given = buffer[:, out_channels:]
+        fused.conv_transpose2d(*arguments, activation="relu", residual=residual_, out=given)
+        assert torch.equal(given, y) and buffer[:, :out_channels].isnan().all()
+
+
+def test_which_upsampling_is_padded_and_made_row_by_row():
+    def plan(channels=21, out_channels=21, stride=8, dtype=torch.bfloat16, innermost=False, groups=1):
+        form = torch.channels_last if innermost else torch.contiguous_format
+        x = torch.empty(1, channels * groups, 4, 4, device="meta").to(memory_format=form)
+        y = torch.empty(1, out_channels * groups, 4 * stride, 4 * stride, device="meta").to(memory_format=form)
+        weight = channels * groups, out_channels, stride, stride
+        shape = Geometry((stride, stride), (0, 0), (1, 1), groups)
+        return plan_apply_transposed(layout_of(x), weight, layout_of(y), shape, dtype, True, H200)
+
+    assert plan().padded == 24 and not plan().rowwise
+    assert plan(innermost=True).padded == 24 and plan(innermost=True).rowwise
+    assert plan(channels=24).padded == 0
+    assert plan(stride=2).padded == 0  # the copy would be a fourth of the result
+    assert plan(dtype=torch.float32).padded == 0  # four bytes go to shared memory by themselves
+    assert plan(dtype=torch.float32, innermost=True).rowwise
+    assert not plan(out_channels=24, innermost=True).rowwise
+    assert plan(groups=2).padded == 0

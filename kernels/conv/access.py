@@ -81,6 +81,11 @@ def channels_last(layout: Layout) -> Layout:
     return Layout(layout.shape, (channels * math.prod(size), 1, *strides))
 
 
+def channels_first(layout: Layout) -> Layout:
+    """The same shape in contiguous memory of its own."""
+    return Layout(layout.shape, tuple(math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))))
+
+
 def is_better_staged(direct: Access, channels: int) -> bool:
     """Whether a result with so many channels in a group had better be made in channels-last memory first.
 

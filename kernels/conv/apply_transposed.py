@@ -238,6 +238,7 @@ def conv_scatter_kernel(
     Y_VEC: tl.constexpr,
     SUM_LAST: tl.constexpr,
     EVEN: tl.constexpr,
+    W_VEC: tl.constexpr,
     COLUMN_VEC: tl.constexpr,
     ACROSS: tl.constexpr,
     CROP: tl.constexpr,
@@ -268,7 +269,7 @@ def conv_scatter_kernel(
     TAPS_H: tl.constexpr = KH // SH
     TAPS_W: tl.constexpr = KW // SW
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
-    COLUMNS = SD * SH * SW * B
+    COLUMNS = tl.multiple_of(SD * SH * SW * B, W_VEC)
     tiles_n = tl.cdiv(COLUMNS, BLOCK_N)
     pid_m = tl.program_id(0) // (GROUPS * tiles_n)
     pid_n = tl.program_id(0) % tiles_n
@@ -300,7 +301,7 @@ def conv_scatter_kernel(
     offs_a = offs_k.to(tl.int64) * stride_xc
     if not X_LAST:
         offs_a = tl.multiple_of(offs_a, X_VEC)
-    column = within(offs_n, COLUMNS, OUT_VEC)
+    column = within(offs_n, COLUMNS, W_VEC)
     if SUM_LAST:
         w_ptrs = w_ptr + (column.to(tl.int64) * A)[None, :] + offs_k[:, None]
         stride_wa = 1
@@ -332,7 +333,7 @@ def conv_scatter_kernel(
         EVEN,
         X_LAST,
         X_VEC,
-        IN_VEC if SUM_LAST else OUT_VEC,
+        IN_VEC if SUM_LAST else W_VEC,
         PRECISION,
         UPCAST,
         BLOCK_K,

@@ -15,7 +15,7 @@ from .access import layout_of
 from .plan import ConvPlan, Geometry
 from .plan_forward import plan_apply, plan_apply_transposed
 from .plan_weight_grad import plan_weight_grad
-from .transpose import empty_channels_last, from_channels_last, to_channels_last
+from .transpose import copy_to_channels_last, empty_channels_last, from_channels_last, to_channels_last
 from .weight_grad import reduce_splits_kernel
 
 REDUCE_BLOCK = 1024
@@ -30,6 +30,14 @@ def mirror_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """The weight of the convolution that X^T is at stride 1, from X's."""
     sides = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return sides.flip(*range(2, weight.dim()))
+
+
+def _padded(x: torch.Tensor, weight: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """X^T's operands with as many channels to sum over, of which the last are zeros; x channels_last."""
+    batch, known, *size = x.shape
+    wide = x.new_zeros((batch, *size, channels)).movedim(-1, 1)
+    wide[:, :known].copy_(x)
+    return wide, torch.cat([weight, weight.new_zeros((channels - known, *weight.shape[1:]))])
 
 
 def _permuted(weight: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
@@ -53,11 +61,15 @@ def _launch_forward(
     if y.numel() == 0:
         return
     plan = planner(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x))
+    if plan.padded:
+        x, weight = _padded(x, weight, plan.padded)
     if plan.copies[0]:
         x = to_channels_last(x)
-    target, y = y, empty_channels_last(y) if plan.staged else y
-    if plan.staged and residual is not None:
-        residual = to_channels_last(residual)
+    target = y
+    if plan.staged:
+        y, residual = empty_channels_last(y), None if residual is None else to_channels_last(residual)
+    elif plan.rowwise:
+        y, residual = y.new_empty(y.shape), None if residual is None else residual.contiguous()
     if plan.mirrored:
         weight = mirror_weight(weight, geometry.groups)
     for axis, residues in enumerate(plan.residues):
@@ -80,6 +92,8 @@ def _launch_forward(
         )
     if plan.staged:
         from_channels_last(y, target)
+    elif plan.rowwise:
+        copy_to_channels_last(y, target)
 
 
 def apply(

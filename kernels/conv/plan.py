@@ -31,9 +31,11 @@ class ConvPlan(Plan):
 
     copies: tuple[bool, ...] = ()  # for each tensor that is read, whether from a channels-last copy
     staged: bool = False  # whether the result is made in channels-last memory, and then brought where it belongs
+    rowwise: bool = False  # the same in channels-first memory
     residues: tuple[int, ...] = ()  # into which each of the weight's axes of taps is split first: to (taps, residues)
     axes: tuple[int, ...] = ()  # of the weight, as they lie in memory when it is read
     mirrored: bool = False  # whether the weight is mirrored first
+    padded: int = 0  # channels that x and the weight are brought to first, by zeros; 0: as they are
     table: zones.Table | None = None  # of the zones, where the launch goes over zones
     note: str = ""  # for people
 

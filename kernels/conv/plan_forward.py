@@ -34,6 +34,9 @@ from .plan import (
 )
 
 NARROW = 32  # results of a pixel
+# Results for each number of x from which on x is copied with whole vectors of channels: 2 bytes can't be copied to
+# shared memory without passing through registers, so every step of a sum over odd channels waits for its loads.
+PADDED = 8
 ACROSS = (2, 4, 8, 16, 32)  # strides along W whose residues may be columns: a tile has a multiple of them
 
 
@@ -214,10 +217,19 @@ def plan_apply_transposed(
         sides = b * geometry.groups, a, *kernel
         return replace(plan_apply(x, sides, y, mirror(kernel, geometry), dtype, tf32, device), mirrored=True)
     tensor_cores = uses_tensor_cores(dtype, tf32)
+    if dtype.itemsize == 2 and geometry.groups == 1 and a % 8 and math.prod(y.shape) >= PADDED * math.prod(x.shape):
+        channels = -(-a // 8) * 8
+        padded = access.channels_last(Layout((x.shape[0], channels, *x.shape[2:]), x.strides))
+        plan = plan_apply_transposed(padded, (channels, *weight[1:]), y, geometry, dtype, tf32, device)
+        return replace(plan, padded=channels)
     positions = _positions(kernel, geometry, x, y)
     scatter, one_tap = positions is not None, tuple(kernel) == geometry.stride
     access_x = access.read(x, scatter and one_tap, a, b)
     access_y = access.write(y, math.prod(geometry.stride) == 1)
+    first = access.channels_first(y)
+    odd_rows = access_y.last and access_y.vector < 4 and geometry.stride[-1] in ACROSS[2:]
+    if tensor_cores and odd_rows and _positions(kernel, geometry, x, first) is not None:
+        return replace(plan_apply_transposed(x, weight, first, geometry, dtype, tf32, device), rowwise=True)
     across, cropped = 1, False
     residues, axes = (), channels_innermost(weight)
     if scatter:
@@ -245,6 +257,7 @@ def plan_apply_transposed(
         launched, phases = conv_scatter_kernel, 1
         for name in ("DD", "DH", "DW"):
             del constants[name]
+        constants["W_VEC"] = access.power_of_two_divisor(columns)
         constants["COLUMN_VEC"] = min(constants["OUT_VEC"], access_y.vector) if access_y.last else 1
         constants |= {"ACROSS": across, "CROP": cropped}
     else:
@@ -260,7 +273,8 @@ def plan_apply_transposed(
         a,
         dtype.itemsize,
         tensor_cores,
-        access.is_wide([access_x], a, b),
+        # Where residues lie across, all of a position's columns are read and written side by side.
+        access.is_wide([access_x], a, columns if across >= 8 else b),
         device,
         phases,
         access.is_channels_last(access_x, access_y),

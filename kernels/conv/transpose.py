@@ -84,8 +84,16 @@ def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     y = empty_channels_last(x)
     if not x[0, 0].is_contiguous():
         return y.copy_(x)
-    _transpose(x.flatten(2), y.movedim(1, -1).flatten(1, -2))
+    copy_to_channels_last(x, y)
     return y
+
+
+def copy_to_channels_last(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Write x, whose images' channels are contiguous, into y of the same shape with the channels innermost."""
+    if not y[0].movedim(0, -1).is_contiguous():
+        y.copy_(x)
+        return
+    _transpose(x.flatten(2), y.movedim(1, -1).flatten(1, -2))
 
 
 def from_channels_last(x: torch.Tensor, y: torch.Tensor) -> None:

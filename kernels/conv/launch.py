@@ -150,20 +150,23 @@ def _plan_reduction(elements: int, splits: int) -> Plan:
     return Plan(reduce_splits_kernel, grid, (elements, splits), {"BLOCK": REDUCE_BLOCK})
 
 
-def launch_split(plan: Plan, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-    """Launch a weight gradient into as many partial results as the grid's second axis counts, and add them up."""
+def launch_split(plan: Plan, a: torch.Tensor, b: torch.Tensor, result: torch.Tensor) -> None:
+    """Launch a kernel that sums into as many partial results as the grid's second axis counts, and add them up.
+
+    `result` is dense, and each partial result lies as it does.
+    """
     splits = plan.grid[1]
-    with device_guard(x):
+    with device_guard(a):
         if splits == 1:
-            plan.launch(x, y, weight)
+            plan.launch(a, b, result)
             return
         partial = torch.empty(
-            splits * weight.numel(),
-            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
-            device=x.device,
+            splits * result.numel(),
+            dtype=torch.float64 if a.dtype == torch.float64 else torch.float32,
+            device=a.device,
         )
-        plan.launch(x, y, partial)
-        _plan_reduction(weight.numel(), splits).launch(partial, weight)
+        plan.launch(a, b, partial)
+        _plan_reduction(result.numel(), splits).launch(partial, result)
 
 
 def weight_grad(

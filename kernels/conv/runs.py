@@ -19,18 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Device, Plan, device_guard, device_of
+from ..runtime import Device, Plan, device_of
 from ..tf32 import round_contiguous, rounded
 from ..tile import divide, divide_by, divisor, dot
 from .access import Layout, layout_of
 from .config import block_of
+from .launch import launch_split
 from .plan import Geometry, dtype_constants, uses_tensor_cores
-from .weight_grad import reduce_splits_kernel
 
 MOST_CHANNELS = 32  # on either side
 VECTOR = 16  # bytes that are read at once
 LEAST_STEPS = 8  # of a program
-REDUCE_BLOCK = 1024
 
 SIZES = ["PIXELS", "OH", "OW", "LINES", "CHANNEL_LINES", "CHANNELS", "NUMEL", "SHARE"]
 STRIDES = [f"stride_x{axis}" for axis in "nijcr"] + [f"stride_y{axis}" for axis in "naij"]
@@ -238,19 +237,6 @@ def plan_runs(
     return RunsPlan(launched, (tiles, triton.cdiv(steps, share)), sizes, constants, innermost=innermost)
 
 
-def _launch(plan: Plan, a: torch.Tensor, b: torch.Tensor, result: torch.Tensor) -> None:
-    """`result` has no gaps: partial sums lie as it does."""
-    with device_guard(a):
-        if plan.grid[1] == 1:
-            plan.launch(a, b, result)
-            return
-        partial = torch.empty(plan.grid[1] * result.numel(), dtype=torch.float32, device=a.device)
-        plan.launch(a, b, partial)
-        grid = (triton.cdiv(result.numel(), REDUCE_BLOCK),)
-        reduction = Plan(reduce_splits_kernel, grid, (result.numel(), plan.grid[1]), {"BLOCK": REDUCE_BLOCK})
-        reduction.launch(partial, result)
-
-
 def may_be_runs(weight: torch.Size, geometry: Geometry) -> bool:
     """A quick look, before anything is made for `apply_runs` or `weight_grad_runs`."""
     return min(geometry.stride) > 1 and max(weight[:2]) <= MOST_CHANNELS and len(weight) == 4
@@ -272,7 +258,7 @@ def apply_runs(
     if plan is None:
         return False
     packed = _in_order(weight, plan)
-    _launch(plan, x, round_contiguous(packed) if tf32 else packed.contiguous(), y)
+    launch_split(plan, x, round_contiguous(packed) if tf32 else packed.contiguous(), y)
     return True
 
 
@@ -285,5 +271,5 @@ def weight_grad_runs(
     plan = plan_runs(layout_of(x), *arguments) if y.numel() else None
     if plan is None or not _in_order(weight, plan).is_contiguous():
         return False
-    _launch(plan, x, y, weight)
+    launch_split(plan, x, y, weight)
     return True

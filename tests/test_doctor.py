@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from backstride import fused_ops
+from backstride.fused_ops import dispatch
 from backstride.models import doctor
 from rich.console import Console
 
@@ -58,6 +59,12 @@ def test_passes_on_a_gpu():
     checks = doctor.run_checks()
     assert {check.path for check in checks} <= {"kernel", "aten"}
     assert [check.problem for check in checks if check.problem] == []
+
+
+def test_checks_are_of_the_kernels_however_little_their_data(monkeypatch):
+    monkeypatch.setattr(dispatch, "SHORT", 123)
+    monkeypatch.setattr(doctor, "check", lambda *_: dispatch.SHORT)
+    assert set(doctor.run_checks()) == {-1} and dispatch.SHORT == 123
 
 
 def wrong_value(output):

@@ -139,6 +139,7 @@ def test_what_is_not_a_matter_of_runs():
     assert not planned(shape=geometry((8, 4)))  # a run begins between two 16 bytes
     assert not planned(x=(1, 21, 40, 50))  # as does every second row
     assert not planned(x=(1, 64, 40, 48), weight=(21, 64, 16, 16))  # many channels are cuDNN's
+    assert not planned(x=(1, 24, 40, 48), weight=(24, 24, 16, 16), y=(1, 24, 4, 5))  # as are whole vectors of them
     assert not planned(weight=(21, 21, 16, 24), y=(1, 21, 4, 4))  # a block of the sum has no whole number of runs
     sideways = torch.empty(1, 21, 48, 40, device="meta").transpose(2, 3)
     assert plan_runs(layout_of(sideways), *good[1:2], layout_of(torch.empty(good[2])), *good[3:], H200, False) is None

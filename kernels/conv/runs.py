@@ -11,6 +11,7 @@ gradient by the input of FCN-8s' last layer, batch 16, where its bytes take 0.05
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -184,6 +185,13 @@ def _lines(x: Layout, kernel: tuple[int, ...]) -> tuple[bool, int, int, int] | N
     return (False, channels * kernel[0], kernel[0], kernel[1]) if stride_w == 1 else None
 
 
+def may_be_runs(weight: Sequence[int], geometry: Geometry) -> bool:
+    """A quick look, before anything is made for `apply_runs` or `weight_grad_runs`: two axes with strides, and few
+    channels that are no whole vectors. Those that are cuDNN does not pad."""
+    a, b, *kernel = weight
+    return len(kernel) == 2 and min(geometry.stride) > 1 and max(a, b) <= MOST_CHANNELS and (a % 8 > 0 or b % 8 > 0)
+
+
 @lru_cache(maxsize=4096)
 def plan_runs(
     x: Layout,
@@ -198,7 +206,7 @@ def plan_runs(
     """Launch of y = X x, or of the weight gradient; None where another way is better, or there are no aligned runs."""
     stride, padding, dilation, groups = geometry
     kernel, channels = weight[2:], weight[0]
-    few = len(kernel) == 2 and groups == 1 and max(channels, weight[1]) <= MOST_CHANNELS
+    few = groups == 1 and may_be_runs(weight, geometry)
     # Transposing 32-bit operands for the weight gradient would cost more than it saves.
     suits = dtype.itemsize == 2 or (not weight_grad and uses_tensor_cores(dtype, tf32))
     if not few or not suits or any(padding) or max(dilation) > 1:
@@ -235,11 +243,6 @@ def plan_runs(
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
     launched = conv_runs_weight_grad_kernel if weight_grad else conv_runs_kernel
     return RunsPlan(launched, (tiles, triton.cdiv(steps, share)), sizes, constants, innermost=innermost)
-
-
-def may_be_runs(weight: torch.Size, geometry: Geometry) -> bool:
-    """A quick look, before anything is made for `apply_runs` or `weight_grad_runs`."""
-    return min(geometry.stride) > 1 and max(weight[:2]) <= MOST_CHANNELS and len(weight) == 4
 
 
 def _in_order(weight: torch.Tensor, plan: RunsPlan) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import fused_ops
 from ..fused_ops.conv import ops
+from ..kernels.conv.zones import meetings
 from .case import Call, Case, Compiled, results_of
 
 CONCAT = "conv_transpose2d_concat"
@@ -177,17 +178,6 @@ LAYERS = [
     Up("U-Net up 128 + skip in place, valid", 1, 128, 64, (196, 196), 2, 2, skip=64, in_place=True),
     Up("U-Net up 128 + skip in place, batch 16", 16, 128, 64, (256, 256), 2, 2, skip=64, in_place=True, quick=True),
 ]
-
-
-def meetings(narrow: int, wide: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Pairs of a pixel n < narrow and a tap r of one axis for which the wide side has pixel stride n + dilation r -
-    padding. The others meet padding."""
-    pairs = 0
-    for tap in range(kernel):
-        before = padding - dilation * tap  # wide pixels before that which this tap of n = 0 meets
-        first, end = (-(-pixel // stride) for pixel in (before, before + wide))
-        pairs += max(min(end, narrow) - max(first, 0), 0)
-    return pairs
 
 
 def conv_flop(

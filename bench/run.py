@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
 from .ahead import CASES_AT_ONCE, Ahead
 from .case import Case, layouts, run_case
-from .timing import GRAPH_BELOW, measure, measure_ceilings
+from .timing import GRAPH_BELOW, Ceilings, measure, measure_ceilings
 
 BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_rnn, bench_networks)
 REPEATS = 100
@@ -117,17 +117,8 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
                     processes.compile(left[:CASES_AT_ONCE])
                 case = left.pop(0)
                 bar.update(task, description=escape(str(case)[:60]))
-                graph = case.replayed
-                if graph is None:
-                    graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
-                try:
-                    result = run_case(case, "cuda", lambda calls, graph=graph: measure(calls, repeats, graph), compiled)
-                    mine = report.rows_of(case, result, ceilings, where)
-                except Exception as error:  # a case that is wrong or does not fit must not cost the others their times
-                    reason = f"{type(error).__name__}: {error}"
-                    console.print(f"[red]NOT TIMED[/] {escape(f'{case}: {reason}')}")
-                    mine = [report.failed_row(case, reason[:300], ceilings, where)]
-                    wrong += 1
+                mine = _timed(case, repeats, compiled, ceilings, where)
+                wrong += mine[0].gate != report.GREEN
                 rows, new = merged(rows, mine), new + mine
                 if time.monotonic() - written > WRITTEN_EVERY:
                     report.write_rows(rows, path)
@@ -142,6 +133,20 @@ def timed_run(selected: list[Case], quick: bool, compiled: bool, minutes: float,
     if left:
         console.print(f"[yellow]{len(left)} cases are left: run the same command again, and it goes on there.[/]")
     return wrong == 0
+
+
+def _timed(case: Case, repeats: int, compiled: bool, ceilings: Ceilings, where: report.Environment) -> list[report.Row]:
+    """Its rows, or where it is wrong or does not fit one that says so: it must not cost the others their times."""
+    graph = case.replayed
+    if graph is None:
+        graph = ceilings.floor(case.flop, case.bytes, case.dtype) < GRAPH_BELOW
+    try:
+        result = run_case(case, "cuda", lambda calls: measure(calls, repeats, graph), compiled)
+        return report.rows_of(case, result, ceilings, where)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        console.print(f"[red]NOT TIMED[/] {escape(f'{case}: {reason}')}")
+        return [report.failed_row(case, reason[:300], ceilings, where)]
 
 
 def _free_memory() -> None:

@@ -83,15 +83,15 @@ class Plan:
         first: Any = pointers[0]
         device = first.get_device()
         addresses: list[int | None] = []
-        key: tuple[Any, ...] | list[Any] = [device, *flags.values()]
+        parts: list[Any] = [device, *flags.values()]
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
-                key.append(None)
+                parts.append(None)
             else:
                 addresses.append(address := pointer.data_ptr())
-                key += (pointer.dtype, address % 16 == 0)
-        key = tuple(key)
+                parts += (pointer.dtype, address % 16 == 0)
+        key = tuple(parts)
         if found := self.found.get(key):
             compiled, grid, constants = found
             # Without a GPU a test's driver stands for one, and looks at tensors.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.conv import Geometry
+from ...kernels.conv.zones import meetings
 from ..registration import memory_format
 from ..sizes import remembered
 
@@ -36,9 +37,7 @@ def skipped_share(size: Any, kernel_size: Any, stride: Any, padding: Any, dilati
     for i, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True):
         span = d * (k - 1) + 1
         wide, narrow = ((i - 1) * s + span - 2 * p, i) if transposed else (i, (i + 2 * p - span) // s + 1)
-        starts = [d * r - p for r in range(k)]
-        inside = [min((wide - 1 - start) // s, narrow - 1) - max(-(start // s), 0) + 1 for start in starts]
-        met *= sum(max(n, 0) for n in inside) / (k * narrow)
+        met *= meetings(narrow, wide, k, s, p, d) / (k * narrow)
     return 1 - met
 
 
@@ -77,11 +76,11 @@ def is_better(
         return _is_better_in_groups(x, x.shape[1] // geometry.groups, geometry, y_channels is not None)
     if y_channels is not None and (x.shape[1] % 4 or y_channels % 4):
         return True
-    spans = [d * (k - 1) for d, k in zip(geometry.dilation, kernel_size, strict=True)]
-    if all(d == 1 or k == 1 for d, k in zip(geometry.dilation, kernel_size, strict=True)):
+    axes = list(zip(geometry.dilation, kernel_size, strict=True))
+    if all(d == 1 or k == 1 for d, k in axes):
         return True
     # What torch.compile traces is the op, which decides when it runs: here sizes would become guards.
-    if max(spans) > LONGEST_SPAN or x.shape[1] < FEW_CHANNELS or torch.compiler.is_compiling():
+    if max(d * (k - 1) for d, k in axes) > LONGEST_SPAN or x.shape[1] < FEW_CHANNELS or torch.compiler.is_compiling():
         return False
     sizes = tuple(x.shape[2:]), tuple(kernel_size), *(tuple(axis) for axis in geometry[:3])
     return skipped_share(*sizes, int(transposed)) <= MOST_SKIPPED

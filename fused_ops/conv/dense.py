@@ -30,8 +30,8 @@ class _ConvRelu(Function):
         x, weight, y = ctx.saved_tensors
         by_x, by_weight, by_bias, *_ = ctx.needs_input_grad
         grad, grad_bias = ops._through_epilogue(grads[0], y, by_bias)
-        form = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
-        if ops._is_better_staged(form, x, weight, weight.shape[0]) and not torch.is_grad_enabled():
+        staged = ops._is_better_staged(x.is_contiguous(), x, weight, weight.shape[0])
+        if staged and not torch.is_grad_enabled():
             sides = kernels.to_channels_last(grad), kernels.to_channels_last(x)
             innermost, grad_weight = aten.gradients(*sides, weight, ctx.geometry, (by_x, by_weight))
             grad_x = None

@@ -109,9 +109,9 @@ def _forward(
     return y
 
 
-def _is_better_staged(form: torch.memory_format, x: Tensor, weight: Tensor, channels: int) -> bool:
+def _is_better_staged(channels_first: bool, x: Tensor, weight: Tensor, channels: int) -> bool:
     """Whether cuDNN is handed a copy in channels-last memory of x, and of what has so many channels."""
-    return form == torch.contiguous_format and aten.is_better_channels_last(x, channels, _tf32(x), weight.numel())
+    return channels_first and aten.is_better_channels_last(x, channels, _tf32(x), weight.numel())
 
 
 def _library_forward(
@@ -126,12 +126,13 @@ def _library_forward(
 ) -> Tensor:
     """The products by cuDNN, and the epilogue by it too, or in one pass."""
     form = memory_format(x, weight)
-    staged = _is_better_staged(form, x, weight, weight.shape[1] * geometry.groups if transposed else weight.shape[0])
+    channels = weight.shape[1] * geometry.groups if transposed else weight.shape[0]
+    staged = _is_better_staged(form == torch.contiguous_format, x, weight, channels)
     operand = kernels.to_channels_last(x) if staged else x
-    product, finished = None, False
+    finished = None
     if relu and residual is None and not transposed:
-        product = aten.conv_relu(operand, weight, bias, output_size, geometry, _tf32(x))
-        finished = product is not None
+        finished = aten.conv_relu(operand, weight, bias, output_size, geometry, _tf32(x))
+    product = finished
     if product is None:
         product = (aten.conv_transpose if transposed else aten.conv)(operand, weight, None, output_size, geometry)
     if staged:
@@ -139,7 +140,7 @@ def _library_forward(
         kernels.from_channels_last(product, y)
     else:
         y = product.contiguous(memory_format=form)
-    if not finished and (bias is not None or residual is not None or relu):
+    if finished is None and (bias is not None or residual is not None or relu):
         kernels.add_epilogue(y, bias, None if residual is None else with_strides_of(y, residual), relu=relu)
     return y
 
@@ -198,11 +199,7 @@ def _conv_weight_grad(
         return weight
     if kernel_path(x).name == ATEN or aten.is_better(x, kernel_size, geometry, y_channels=y.shape[1]):
         form = memory_format(x, y)
-        if (
-            form == torch.contiguous_format
-            and x.is_cuda
-            and aten.is_better_channels_last(x, y.shape[1], _tf32(x), weight.numel())
-        ):
+        if kernel_path(x).name != ATEN and _is_better_staged(form == torch.contiguous_format, x, weight, y.shape[1]):
             x, y = kernels.to_channels_last(x), kernels.to_channels_last(y)
         return aten.weight_grad(x, y, weight, geometry).contiguous(memory_format=form)
     kernels_for(weight.shape, groups).weight_grad(x, y, weight, geometry, tf32=_tf32(x))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Device, Plan, device_of
+from ..runtime import Device, device_of
 from ..tf32 import round_contiguous, rounded
 from ..tile import divide, divide_by, divisor, dot
 from .access import Layout, layout_of
 from .config import block_of
 from .launch import launch_split
-from .plan import Geometry, dtype_constants, uses_tensor_cores
+from .plan import ConvPlan, Geometry, channels_innermost, dtype_constants, uses_tensor_cores
 
 MOST_CHANNELS = 32  # on either side
 VECTOR = 16  # bytes that are read at once
@@ -170,13 +169,6 @@ def conv_runs_weight_grad_kernel(
     tl.store(w_ptr + offs, acc.to(w_ptr.dtype.element_ty), mask=there[:, None] & (a < CHANNELS)[None, :])
 
 
-@dataclass(frozen=True)
-class RunsPlan(Plan):
-    """A launch over runs; `innermost`: of all channels of a row of x, and so of the weight."""
-
-    innermost: bool = False
-
-
 def _lines(x: Layout, kernel: tuple[int, ...]) -> tuple[bool, int, int, int] | None:
     """Whether channels are innermost, a window's runs, those of one channel, and a run's numbers; None without runs."""
     (_, channels, height, width), (_, stride_c, _, stride_w) = x
@@ -202,7 +194,7 @@ def plan_runs(
     tf32: bool,
     device: Device,
     weight_grad: bool,
-) -> RunsPlan | None:
+) -> ConvPlan | None:
     """Launch of y = X x, or of the weight gradient; None where another way is better, or there are no aligned runs."""
     stride, padding, dilation, groups = geometry
     kernel, channels = weight[2:], weight[0]
@@ -242,11 +234,9 @@ def plan_runs(
     warps = 8 if dtype.itemsize == 4 and block_m == 128 else 4
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
     launched = conv_runs_weight_grad_kernel if weight_grad else conv_runs_kernel
-    return RunsPlan(launched, (tiles, triton.cdiv(steps, share)), sizes, constants, innermost=innermost)
-
-
-def _in_order(weight: torch.Tensor, plan: RunsPlan) -> torch.Tensor:
-    return weight.movedim(1, -1) if plan.innermost else weight
+    # The weight lies as the numbers of a window do.
+    axes = channels_innermost(weight) if innermost else tuple(range(len(weight)))
+    return ConvPlan(launched, (tiles, triton.cdiv(steps, share)), sizes, constants, axes=axes)
 
 
 def apply_runs(
@@ -260,8 +250,8 @@ def apply_runs(
     plan = plan_runs(layout_of(x), *arguments) if y.numel() else None
     if plan is None:
         return False
-    packed = _in_order(weight, plan)
-    launch_split(plan, x, round_contiguous(packed) if tf32 else packed.contiguous(), y)
+    packed = weight.permute(plan.axes)
+    launch_split(plan, x, round_contiguous(packed) if plan.rounds else packed.contiguous(), y)
     return True
 
 
@@ -272,7 +262,7 @@ def weight_grad_runs(
     False. Shapes: as for `weight_grad`."""
     arguments = (weight.shape, layout_of(y), geometry, x.dtype, tf32, device_of(x), True)
     plan = plan_runs(layout_of(x), *arguments) if y.numel() else None
-    if plan is None or not _in_order(weight, plan).is_contiguous():
+    if plan is None or not weight.permute(plan.axes).is_contiguous():
         return False
     launch_split(plan, x, y, weight)
     return True

@@ -130,6 +130,17 @@ def plain_tile_taps(
     return math.prod(kernel) * -(-batch * math.prod(positions) // block_m)
 
 
+def meetings(narrow: int, wide: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Pairs of a pixel n < narrow and a tap r of one axis for which the wide side has pixel stride n + dilation r -
+    padding. The others meet padding."""
+    pairs = 0
+    for tap in range(kernel):
+        before = padding - dilation * tap  # wide pixels before that which this tap of n = 0 meets
+        first, end = (-(-pixel // stride) for pixel in (before, before + wide))
+        pairs += max(min(end, narrow) - max(first, 0), 0)
+    return pairs
+
+
 def met_share(
     zones: Sequence[Zone],
     kernel: Sequence[int],

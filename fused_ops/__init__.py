@@ -1,5 +1,6 @@
 """Drop-in operators: functions as in torch.nn.functional, modules as in torch.nn, on Triton kernels."""
 
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm
 from .conv import (
     Conv1d,
     Conv2d,
@@ -45,6 +46,9 @@ from .rnn import RNN, RNNCell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 
 __all__ = [
     "RNN",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -60,6 +64,7 @@ __all__ = [
     "Path",
     "RNNCell",
     "atrous_pyramid",
+    "batch_norm",
     "conv1d",
     "conv2d",
     "conv3d",

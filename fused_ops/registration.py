@@ -60,6 +60,13 @@ def is_eager(arguments: tuple[Any, ...]) -> bool:
     return not torch.compiler.is_compiling() and _are_plain(arguments) and not _transformed()
 
 
+def is_followed(arguments: tuple[Any, ...]) -> bool:
+    """Whether an autograd.Function that itself calls ops, which modes see, may be applied to these in an op's place."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return not torch._C._are_functorch_transforms_active() and _are_plain(arguments)
+
+
 def launches(arguments: tuple[Any, ...]) -> bool:
     """Whether kernels may be launched on these outside of any op: there is no gradient either."""
     return not _want_gradient(arguments) and is_eager(arguments)

@@ -1,5 +1,6 @@
 """Where kernels run, on a GPU or interpreted on the CPU, and what their host sides share."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -52,6 +53,27 @@ def three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+def block_of(size: int, smallest: int, largest: int) -> int:
+    """Smallest power of two that holds `size`, within limits."""
+    return min(max(1 << (size - 1).bit_length(), smallest), largest)
+
+
+def power_of_two_divisor(*values: int) -> int:
+    """Largest power of two, at most 16, that divides all values."""
+    return math.gcd(16, *values)
+
+
+class Layout(NamedTuple):
+    """Shape and strides of a tensor (N, C, *spatial): all that a launch depends on but the values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride())
+
+
 def _is_watched() -> bool:
     """Whether a profiler of Triton's has hooked itself to launches."""
     before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
@@ -73,7 +95,7 @@ class Plan:
     constants: dict[str, Any]
     found: dict[tuple[Any, ...], tuple[Any, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=dict, repr=False)
 
-    def launch(self, *pointers: torch.Tensor | None, more: tuple[int, ...] = (), **flags: Any) -> None:
+    def launch(self, *pointers: torch.Tensor | None, more: tuple[float, ...] = (), **flags: Any) -> None:
         """Launch on the first pointer's device, which is the current one.
 
         Args:

@@ -194,11 +194,23 @@ def trusted_rows(committed: list[Compiled]) -> dict[tuple[str, str], Compiled]:
 
 def compile_all(targets: list[str], trusted: dict[tuple[str, str], Compiled]) -> list[Compiled]:
     """One row for every distinct compilation, per target."""
-    from . import cross_compile_conv, cross_compile_depthwise, cross_compile_pool, cross_compile_rnn
+    from . import (
+        cross_compile_batch_norm,
+        cross_compile_conv,
+        cross_compile_depthwise,
+        cross_compile_pool,
+        cross_compile_rnn,
+    )
 
     rows: dict[tuple[str, ...], Compiled] = {}
     for target in targets:
-        for family in (cross_compile_conv, cross_compile_depthwise, cross_compile_pool, cross_compile_rnn):
+        for family in (
+            cross_compile_batch_norm,
+            cross_compile_conv,
+            cross_compile_depthwise,
+            cross_compile_pool,
+            cross_compile_rnn,
+        ):
             for case in family.cases(TARGETS[target]):
                 compilation = Compilation(case, target)
                 known = trusted.get((target, compilation.key))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backstride.kernels.conv import epilogue, launch
-from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry, Plan
 from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.pyramid import plan_pyramid
@@ -15,7 +14,7 @@ from backstride.kernels.conv.runs import plan_runs
 from backstride.kernels.conv.tile import CHANNEL_STRIDES
 from backstride.kernels.conv.transpose import LONGEST, transpose_kernel
 from backstride.kernels.conv.weight_grad import reduce_splits_kernel
-from backstride.kernels.runtime import Device
+from backstride.kernels.runtime import Device, Layout
 from backstride.kernels.tf32 import BLOCK, round_kernel
 
 from .cross_compile import DTYPES, POINTER, Case, Target

@@ -4,7 +4,7 @@ Triton must not interpret here."""
 import torch
 from backstride.bench import host
 from backstride.kernels.conv import epilogue
-from backstride.kernels.conv.access import layout_of
+from backstride.kernels.runtime import layout_of
 from triton import knobs
 
 

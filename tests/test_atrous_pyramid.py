@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import pyramid, zones
-from backstride.kernels.conv.access import Layout
-from backstride.kernels.runtime import INTERPRETED, device_of
+from backstride.kernels.runtime import INTERPRETED, Layout, device_of
 from torch.func import grad, vmap
 
 from .modes import run_python

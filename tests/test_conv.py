@@ -9,11 +9,10 @@ import torch.nn.functional as F
 import triton.language as tl
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import launch, plan_forward, plan_weight_grad, reference
-from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.apply import conv_apply_kernel
 from backstride.kernels.conv.apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.runtime import H200, INTERPRETED, Layout, layout_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 

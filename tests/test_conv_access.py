@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from backstride import fused_ops
 from backstride.kernels.conv import access, launch, reference
-from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.conv.transpose import from_channels_last, to_channels_last
-from backstride.kernels.runtime import H200, INTERPRETED, device_of
+from backstride.kernels.runtime import H200, INTERPRETED, Layout, device_of, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import depthwise
 from backstride.kernels.conv import launch
-from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry
 from backstride.kernels.conv.plan_forward import is_better_flat
 from backstride.kernels.conv.weight_grad import conv_weight_grad_kernel
-from backstride.kernels.runtime import H200, Device, Plan
+from backstride.kernels.runtime import H200, Device, Layout, Plan
 
 from .cross_compile import read_table, table_path
 from .test_conv import both_layouts, check_forward_and_gradients, random_tensors

@@ -13,8 +13,7 @@ from backstride.fused_ops.pool import functional as pool_functional
 from backstride.fused_ops.pool import ops as pool_ops
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import Geometry
-from backstride.kernels.conv.access import layout_of
-from backstride.kernels.runtime import H200, INTERPRETED, Device
+from backstride.kernels.runtime import H200, INTERPRETED, Device, layout_of
 from backstride.kernels.tf32 import round_contiguous, round_to_tf32, three_axes
 from hypothesis import assume, given
 from hypothesis import strategies as st

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import Geometry
-from backstride.kernels.conv.access import layout_of
 from backstride.kernels.conv.plan_forward import plan_apply_transposed
 from backstride.kernels.conv.runs import plan_runs
-from backstride.kernels.runtime import H200, Device
+from backstride.kernels.runtime import H200, Device, layout_of
 from torch import Tensor
 
 from .modes import kernels_run

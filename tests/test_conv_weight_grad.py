@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import config, launch, reference
-from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.runtime import H200, INTERPRETED, device_of
+from backstride.kernels.runtime import H200, INTERPRETED, Layout, device_of, layout_of
 from backstride.kernels.tile import quotient, reciprocal
 
 from .modes import kernels_run

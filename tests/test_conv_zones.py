@@ -11,9 +11,8 @@ import torch.nn.functional as F
 import triton.language as tl
 from backstride.kernels import conv as kernels
 from backstride.kernels.conv import launch, plan_forward, plan_weight_grad, zones
-from backstride.kernels.conv.access import Layout
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.runtime import H200, INTERPRETED, Layout
 
 from .oracle import assert_as_exact_as, to_fp64
 

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from backstride.kernels import conv, depthwise
 from backstride.kernels.conv import Geometry, reference
-from backstride.kernels.conv.access import Layout, layout_of
 from backstride.kernels.depthwise import config, launch
-from backstride.kernels.runtime import H200, INTERPRETED
+from backstride.kernels.runtime import H200, INTERPRETED, Layout, layout_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap

@@ -26,6 +26,7 @@ from ..dispatch import (
     is_short,
     kernel_path,
 )
+from ..epilogue import check_residual, finish, is_relu
 from ..sizes import remembered
 from . import aten, dense, ops
 from . import out as given
@@ -226,27 +227,8 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
     return plan
 
 
-def _is_relu(activation: str | None) -> bool:
-    if activation not in (None, "relu"):
-        raise ValueError(f'activation must be None or "relu", got {activation!r}')
-    return activation == "relu"
-
-
-def _check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    if residual.shape != torch.Size(shape):
-        raise ValueError(
-            f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}; expand or crop it"
-        )
-    if residual.dtype != dtype:
-        raise TypeError(f"residual must have the output's dtype {dtype}, got {residual.dtype}; convert it")
-
-
 def _finish_aten(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-    if residual is not None:
-        residual = autocast(residual, y.device.type)
-        _check_residual(residual, y.shape, y.dtype)
-        y = y + residual
-    return F.relu(y) if relu else y
+    return finish(y, relu, None if residual is None else autocast(residual, y.device.type))
 
 
 def _run(
@@ -262,7 +244,7 @@ def _run(
 ) -> Tensor:
     """`op`, or `into` for an `out`, with the checked arguments where kernels run, else torch's `function` with the
     arguments as they are."""
-    relu = _is_relu(activation)
+    relu = is_relu(activation)
     if out is not None:
         given.check_mode(function.__name__, (*arguments[:3], residual, out))
     call = _call(bind, axes, arguments)
@@ -284,7 +266,7 @@ def _run(
         y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
         return y if call.batched else y.squeeze(0)
     if residual is not None:
-        _check_residual(residual, call.shape, x.dtype)
+        check_residual(residual, call.shape, x.dtype)
         residual = residual if call.batched else residual.unsqueeze(0)
     if out is not None:
         given.check(out, call.shape, x.dtype, x.device)
@@ -482,7 +464,7 @@ def conv_transpose2d_concat(
     Errors: torch's own for torch's arguments; ValueError or TypeError for a skip that does not fit, naming its shape
     and the one that does.
     """
-    relu = _is_relu(activation)
+    relu = is_relu(activation)
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
     call = _call(_bind_transposed, 2, arguments)
     if call is None or _is_short_concat(call, skip, weight, bias):

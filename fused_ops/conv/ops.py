@@ -24,7 +24,7 @@ from torch import Tensor
 from ...kernels import conv as kernels
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
-from ...kernels.conv.access import layout_of
+from ...kernels.runtime import layout_of
 from ..dispatch import ATEN, kernel_path
 from ..registration import (
     Function,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...kernels import conv as kernels
 from ..dispatch import ATEN, Path, autocast, autocasts, explained_by, kernel_path
+from ..epilogue import is_relu
 from . import aten, batching, ops
-from .functional import _is_relu
 from .ops import library, registered
 
 library.define("atrous_pyramid(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] dilations, bool relu) -> Tensor")
@@ -242,7 +242,7 @@ def atrous_pyramid(
 
     Errors: TypeError or ValueError that names the branch and the shape that would fit.
     """
-    relu = _is_relu(activation)
+    relu = is_relu(activation)
     if isinstance(input, Tensor) and autocasts(input):
         device = input.device.type
         input, weights = autocast(input, device), [autocast(weight, device) for weight in weights]

@@ -6,20 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
-from ..runtime import three
-
-
-class Layout(NamedTuple):
-    """Shape and strides of a tensor (N, C, *spatial): all that a launch depends on but the values."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def layout_of(tensor: torch.Tensor) -> Layout:
-    return Layout(tensor.shape, tensor.stride())
+from ..runtime import Layout, power_of_two_divisor, three
 
 
 class Access(NamedTuple):
@@ -30,11 +17,6 @@ class Access(NamedTuple):
     last: bool  # lanes lie along the channels, which are each other's neighbours in memory; else along the pixels
     vector: int  # elements along the lanes that can be read or written at once
     copied: bool = False  # into channels-last memory before it is read
-
-
-def power_of_two_divisor(*values: int) -> int:
-    """Largest power of two, at most 16, that divides all values."""
-    return math.gcd(16, *values)
 
 
 def write(layout: Layout, in_order: bool) -> Access:

@@ -7,7 +7,7 @@ Tiles follow from the sizes: they fill the multiprocessors, and compile without 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..runtime import Device
+from ..runtime import Device, block_of
 
 # What a multiprocessor does with several programs, against one: the others multiply while one loads or stores.
 GAIN = {1: 1.0, 2: 1.25, 3: 1.35}
@@ -25,11 +25,6 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
-
-
-def block_of(size: int, smallest: int, largest: int) -> int:
-    """Smallest power of two that holds `size`, within limits."""
-    return min(max(1 << (size - 1).bit_length(), smallest), largest)
 
 
 def _thrifty_block(size: int, smallest: int, largest: int) -> int:

@@ -4,47 +4,22 @@ gradients in one."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Device, Plan, device_guard, device_of
-from .access import Layout, layout_of, power_of_two_divisor
-from .config import block_of
+from ..pixelwise import channels_are_lanes, offsets, strides_of, tile_constants, tile_of
+from ..runtime import Device, Layout, Plan, device_guard, device_of, layout_of
 
 TILE = 4096  # elements
 GRAD_TILE = 2048  # where three tensors have addresses, and sums their registers
-LANES = {True: 64, False: 1024}  # of them side by side in memory, at most: channels, or else pixels
 LITTLE = 2**18  # elements
 PROGRAMS = 8  # on a multiprocessor, of those that add up
 
 RUNTIME = ["N", "CHANNELS", "PIXELS", "stride_n", "stride_r"]
 GRAD_RUNTIME = ["N", "CHANNELS", "PIXELS", *(f"stride_{tensor}{axis}" for tensor in "gyz" for axis in "nr")]
-
-
-@triton.jit
-def _tile_of(unit, pid_c, C, P, LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Image, rows and lanes of a tile, and which of them exist; lanes are channels with LAST, else pixels. `unit`
-    counts blocks of pixels through all images."""
-    blocks = tl.cdiv(P, BLOCK_P)
-    n = (unit // blocks).to(tl.int64)
-    pixels = unit % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    channels = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    if LAST:
-        rows, lanes, mask = pixels, channels, (pixels[:, None] < P) & tl.max_constancy(channels < C, VEC)[None, :]
-    else:
-        rows, lanes, mask = channels, pixels, (channels[:, None] < C) & tl.max_constancy(pixels < P, VEC)[None, :]
-    return n, rows, lanes, mask
-
-
-@triton.jit
-def _offsets(n, rows, lanes, stride_n, stride_r, VEC: tl.constexpr):
-    starts = tl.multiple_of(n * stride_n + rows.to(tl.int64) * stride_r, VEC)
-    return starts[:, None] + lanes[None, :]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -70,8 +45,8 @@ def epilogue_kernel(
     tiles_c = tl.cdiv(CHANNELS, BLOCK_C)
     pid_c = tl.program_id(0) % tiles_c
     unit = tl.program_id(0) // tiles_c
-    n, rows, lanes, mask = _tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)
-    offs = _offsets(n, rows, lanes, stride_n, stride_r, VEC)
+    n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)
+    offs = offsets(n, rows, lanes, stride_n, stride_r, VEC)
     y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC)
     if HAS_BIAS:
         if LAST:
@@ -121,14 +96,14 @@ def epilogue_grad_kernel(
     share = tl.cdiv(units, tl.num_programs(1))
     acc = tl.zeros((BLOCK_P, BLOCK_C) if LAST else (BLOCK_C, BLOCK_P), dtype=ACC)
     for unit in range(split * share, tl.minimum((split + 1) * share, units)):
-        n, rows, lanes, mask = _tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
-        grad = tl.load(grad_ptr + _offsets(n, rows, lanes, stride_gn, stride_gr, VEC), mask=mask, other=0.0)
+        n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
+        grad = tl.load(grad_ptr + offsets(n, rows, lanes, stride_gn, stride_gr, VEC), mask=mask, other=0.0)
         if RELU:
-            y = tl.load(y_ptr + _offsets(n, rows, lanes, stride_yn, stride_yr, VEC), mask=mask, other=0.0)
+            y = tl.load(y_ptr + offsets(n, rows, lanes, stride_yn, stride_yr, VEC), mask=mask, other=0.0)
             # As torch's: where y is NaN the gradient passes.
             grad = tl.where(y <= 0, 0.0, grad).to(grad.dtype)
         if STORES:
-            tl.store(z_ptr + _offsets(n, rows, lanes, stride_zn, stride_zr, VEC), grad, mask=mask)
+            tl.store(z_ptr + offsets(n, rows, lanes, stride_zn, stride_zr, VEC), grad, mask=mask)
         if SUMS:
             acc += grad.to(ACC)
     if SUMS:
@@ -137,73 +112,27 @@ def epilogue_grad_kernel(
         tl.store(partial_ptr + split.to(tl.int64) * CHANNELS + channels, sums, mask=channels < CHANNELS)
 
 
-def _strides(layout: Layout, last: bool) -> tuple[int, int] | None:
-    """Of an image and a row, where the channels, or else the pixels, lie side by side and the other axis has one
-    stride; None where they don't."""
-    (batch, channels, *size), (stride_n, stride_c, *steps) = layout
-    axes = [(length, stride) for length, stride in zip(size, steps, strict=True) if length > 1]
-    pixel = axes[-1][1] if axes else channels if last else 1
-    run = pixel
-    for length, stride in reversed(axes):
-        if stride != run:
-            return None
-        run *= length
-    lane, row = (stride_c, pixel) if last else (pixel, stride_c)
-    lanes = channels if last else math.prod(size)
-    return (stride_n if batch > 1 else 0, row) if lane == 1 or lanes == 1 else None
-
-
-@lru_cache(maxsize=4096)
-def channels_are_lanes(*layouts: Layout) -> bool | None:
-    """Whether tensors of one shape are walked with the channels, or else the pixels, as lanes; None where the kernels
-    can walk them neither way."""
-    channels, pixels = layouts[0].shape[1], math.prod(layouts[0].shape[2:])
-    for last in (True, False) if channels > pixels else (False, True):
-        if all(_strides(layout, last) is not None for layout in layouts):
-            return last
-    return None
-
-
-def _constants(layouts: Sequence[Layout], last: bool, tile: int, dtype: torch.dtype) -> dict[str, Any]:
-    channels, pixels = layouts[0].shape[1], math.prod(layouts[0].shape[2:])
-    lanes, rows = (channels, pixels) if last else (pixels, channels)
-    strides = [stride for layout in layouts for stride in _strides(layout, last) or ()]
-    vector = power_of_two_divisor(lanes, *strides)
-    # Elements that are read one by one have an address each, in registers.
-    elements = tile if vector >= 4 else tile // 4
-    lanes_block = block_of(lanes, 1, min(LANES[last], elements))
-    rows_block = block_of(rows, 1, elements // lanes_block)
-    return {
-        "LAST": last,
-        "VEC": vector,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BLOCK_C": lanes_block if last else rows_block,
-        "BLOCK_P": rows_block if last else lanes_block,
-        "num_warps": 4,
-    }
-
-
 @lru_cache(maxsize=4096)
 def plan_epilogue(y: Layout, dtype: torch.dtype) -> Plan:
     last = bool(channels_are_lanes(y))
-    constants = _constants([y], last, TILE, dtype)
+    constants = tile_constants([y], last, TILE, dtype)
     batch, channels, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     units = batch * triton.cdiv(pixels, constants["BLOCK_P"])
     grid = (units * triton.cdiv(channels, constants["BLOCK_C"]),)
-    return Plan(epilogue_kernel, grid, (batch, channels, pixels, *(_strides(y, last) or ())), constants)
+    return Plan(epilogue_kernel, grid, (batch, channels, pixels, *(strides_of(y, last) or ())), constants)
 
 
 @lru_cache(maxsize=4096)
 def plan_epilogue_grad(grad: Layout, y: Layout, z: Layout, dtype: torch.dtype, device: Device) -> Plan:
     """The grid's second axis counts the partial sums."""
     last = bool(channels_are_lanes(grad, y, z))
-    constants = _constants([grad, y, z], last, GRAD_TILE, dtype)
+    constants = tile_constants([grad, y, z], last, GRAD_TILE, dtype)
     batch, channels, pixels = grad.shape[0], grad.shape[1], math.prod(grad.shape[2:])
     units = batch * triton.cdiv(pixels, constants["BLOCK_P"])
     tiles = triton.cdiv(channels, constants["BLOCK_C"])
     splits = max(min(PROGRAMS * device.multiprocessors // tiles, units), 1)
     splits = triton.cdiv(units, triton.cdiv(units, splits))  # none without a block
-    strides = [stride for layout in (grad, y, z) for stride in _strides(layout, last) or ()]
+    strides = [stride for layout in (grad, y, z) for stride in strides_of(layout, last) or ()]
     return Plan(epilogue_grad_kernel, (tiles, splits), (batch, channels, pixels, *strides), constants)
 
 

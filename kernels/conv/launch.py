@@ -8,10 +8,9 @@ from functools import lru_cache
 import torch
 import triton
 
-from ..runtime import Plan, device_guard, device_of
+from ..runtime import Plan, device_guard, device_of, layout_of
 from ..tf32 import round_contiguous, round_to_tf32
 from . import zones
-from .access import layout_of
 from .plan import ConvPlan, Geometry
 from .plan_forward import plan_apply, plan_apply_transposed
 from .plan_weight_grad import plan_weight_grad

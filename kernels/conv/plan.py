@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from ..runtime import INTERPRETED, Plan, three
+from ..runtime import INTERPRETED, Layout, Plan, power_of_two_divisor, three
 from . import zones
-from .access import Access, Layout, power_of_two_divisor
+from .access import Access
 from .config import ConvConfig
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import triton
 
-from ..runtime import Device
+from ..runtime import Device, Layout
 from . import access, zones
-from .access import Access, Layout
+from .access import Access
 from .apply import conv_apply_kernel
 from .apply_transposed import conv_apply_transposed_kernel, conv_scatter_kernel
 from .apply_zones import conv_zones_kernel

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 import triton
 
-from ..runtime import Device, three
+from ..runtime import Device, Layout, three
 from . import access
-from .access import Access, Layout
+from .access import Access
 from .config import choose_config, choose_splits, choose_stages
 from .plan import (
     ConvPlan,

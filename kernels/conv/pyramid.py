@@ -10,10 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from ..runtime import Device, device_guard, device_of
+from ..runtime import Device, Layout, device_guard, device_of, layout_of
 from ..tf32 import round_to_tf32
 from . import access, zones
-from .access import Layout, layout_of
 from .config import choose_config
 from .launch import apply
 from .plan import (

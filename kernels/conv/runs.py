@@ -19,11 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Device, device_of
+from ..runtime import Device, Layout, block_of, device_of, layout_of
 from ..tf32 import round_contiguous, rounded
 from ..tile import divide, divide_by, divisor, dot
-from .access import Layout, layout_of
-from .config import block_of
 from .launch import launch_split
 from .plan import ConvPlan, Geometry, channels_innermost, dtype_constants, uses_tensor_cores
 

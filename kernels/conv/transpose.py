@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Plan, device_guard
-from .config import block_of
+from ..runtime import Plan, block_of, device_guard
 
 LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
 TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..conv.access import Layout, layout_of
 from ..conv.launch import launch_split
 from ..conv.plan import Geometry, index_dtype
-from ..runtime import INTERPRETED, Device, Plan, device_guard, device_of, three
+from ..runtime import INTERPRETED, Device, Layout, Plan, device_guard, device_of, layout_of, three
 from .apply import depthwise_apply_kernel
 from .config import (
     GROUP_TERMS,

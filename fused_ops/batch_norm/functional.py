@@ -1,0 +1,96 @@
+"""Batch normalisation as in torch.nn.functional, with what follows it in a network: a residual and ReLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import ATEN, BY_AUTOGRAD, REFUSED, Path, explained_by, is_short, kernel_path
+from ..epilogue import check_residual, finish, is_relu
+from ..registration import is_followed
+from . import ops
+
+OTHERS = Path(ATEN, "torch.compile fuses torch's own with what is around it, and torch.func has to see into it")
+_PARAMETERS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+
+def _fits(vector: Tensor | None, channels: int, like: Tensor) -> bool:
+    """Whether a parameter or statistic is one that torch would take, and lies as the kernels read it."""
+    if vector is None:
+        return True
+    known = vector.dtype == like.dtype or (vector.dtype == torch.float32 and like.dtype in _PARAMETERS)
+    return known and vector.shape == (channels,) and vector.is_contiguous() and vector.device == like.device
+
+
+def _path(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    residual: Tensor | None,
+) -> Path:
+    path = kernel_path(input)
+    if path.name == ATEN:
+        return path
+    if not is_followed((input, running_mean, running_var, weight, bias, residual)):
+        return OTHERS
+    shape = input.shape
+    if len(shape) < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
+        return REFUSED
+    channels = shape[1]
+    for vector in (running_mean, running_var, weight, bias):
+        if not _fits(vector, channels, input):
+            return REFUSED
+    if input.numel() == channels if training else running_mean is None:
+        return REFUSED  # one value has no variance; and without statistics there is nothing to normalise by
+    # Forward and backward read the input twice each, and the gradient twice; each writes one.
+    if is_short(input.numel(), input, weight, bias, residual):
+        return BY_AUTOGRAD
+    return path
+
+
+def _planner(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual) -> Path:
+    return _path(input, running_mean, running_var, weight, bias, training, residual)
+
+
+@explained_by(_planner)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalisation, as `torch.nn.functional.batch_norm`, with an epilogue (Ioffe and Szegedy 2015, arXiv
+    1502.03167, algorithm 1).
+
+    y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var over all axes but the channels';
+    reference: ``relu(F.batch_norm(input, running_mean, running_var, weight, bias, ...) + residual)``.
+
+    Shapes: input, residual and output (N, C, *size), all others (C,). The output lies in memory as the input does.
+
+    Args:
+        running_mean, running_var: what normalises without `training`; with it they become
+            (1 - momentum) running + momentum batch's, the variance with one degree of freedom less.
+        training: normalise by the batch's own mean and variance.
+        activation: None or "relu".
+        residual: tensor of the input's shape and dtype, added before the activation.
+
+    Errors: torch's own for torch's arguments; ValueError or TypeError for a wrong activation or residual.
+    """
+    relu = is_relu(activation)
+    if _path(input, running_mean, running_var, weight, bias, training, residual).name == ATEN:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return finish(y, relu, residual)
+    if residual is not None:
+        check_residual(residual, input.shape, input.dtype)
+    return ops.batch_norm(input, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu)

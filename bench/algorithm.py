@@ -67,6 +67,11 @@ LABELS: list[Label] = [
     (r"tensorop\w*gemm|[hs](884|1688|16816)gemm|xmma_gemm", "GEMM, tensor cores"),
     (r"simt_\w*gemm|_[sd]gemm", "GEMM without tensor cores"),
     ("gemm", "GEMM"),
+    # Batch normalisation.
+    ("bn_bw|batchnorm_bw", "backward of batch normalisation, cuDNN"),
+    ("bn_fw|batchnorm_fw", "batch normalisation, cuDNN"),
+    ("batch_norm_backward", "backward of batch normalisation, torch's own"),
+    ("batch_norm_", "batch normalisation, torch's own"),
     # torch's own.
     ("max_pool_backward|max_pool3d_with_indices_backward", "backward of max-pooling, torch's own"),
     ("max_pool_forward|max_pool3d_with_indices", "max-pooling, torch's own"),

@@ -112,6 +112,7 @@ def calls(device: str) -> dict[str, Pair]:
     ours_rnn, torch_rnn = fused_ops.RNN(8, 16).to(device), torch.nn.RNN(8, 16).to(device)
     steps = randn(4, 2, 8)
     beside_skip = randn(1, 16, 16, 16)[:, 8:]
+    vectors = randn(8), randn(8).exp(), randn(8), bias  # running mean and variance, weight and bias
     ours = fused_ops
     return {
         "conv1d": (lambda: ours.conv1d(x1, w1, bias, 1, 2, 2), lambda: F.conv1d(x1, w1, bias, 1, 2, 2)),
@@ -137,6 +138,14 @@ def calls(device: str) -> dict[str, Pair]:
         "max_unpool2d_with_offsets": (
             lambda: ours.max_unpool2d_with_offsets(pooled, offsets, (8, 8), 2),
             lambda: F.max_unpool2d(pooled, indices, [2, 2]),
+        ),
+        "batch_norm": (
+            lambda: ours.batch_norm(x2, *vectors, activation="relu"),
+            lambda: F.relu(F.batch_norm(x2, *vectors)),
+        ),
+        "batch_norm_training": (
+            lambda: ours.batch_norm(x2, *vectors, training=True, activation="relu"),
+            lambda: F.relu(F.batch_norm(x2, *vectors, training=True)),
         ),
         "RNN": (lambda: ours_rnn(steps), lambda: torch_rnn(steps)),
     }

@@ -26,6 +26,7 @@ FAMILIES = {
     "conv": "convolution",
     "atrous": "pyramid",
     "max": "pooling",
+    "batch": "normalisation",
     "rnn": "recurrence",
     "network": "networks",
 }

@@ -27,6 +27,7 @@ GREEN = "green"
 SOURCES = {
     **dict.fromkeys(("conv", "atrous"), ("kernels/conv", "kernels/depthwise", "fused_ops/conv")),
     "max": ("kernels/pool", "fused_ops/pool"),
+    "batch": ("kernels/batch_norm", "fused_ops/batch_norm"),
     "rnn": ("kernels/rnn", "fused_ops/rnn"),
     "network": ("kernels", "fused_ops", "models"),
 }

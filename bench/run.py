@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
+from . import bench_batch_norm, bench_conv, bench_networks, bench_pool, bench_pyramid, bench_rnn, probe, report, tune
 from .ahead import CASES_AT_ONCE, Ahead
 from .case import Case, layouts, run_case
 from .timing import GRAPH_BELOW, Ceilings, measure, measure_ceilings
 
-BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_rnn, bench_networks)
+BENCHES = (bench_conv, bench_pyramid, bench_pool, bench_batch_norm, bench_rnn, bench_networks)
 REPEATS = 100
 QUICK_REPEATS = 25
 PROBE_REPEATS = 15

@@ -342,7 +342,8 @@ def test_a_row_counts_until_its_op_is_changed(monkeypatch, tmp_path):
     git("commit", "-m", "first")
     first = git("rev-parse", "--short", "HEAD")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "bench" / "report.py"))
-    ops = ("conv2d", "atrous_pyramid", "rnn_tanh", "max_pool2d_with_offsets", "network")
+    others = ["rnn_tanh", "max_pool2d_with_offsets", "batch_norm"]
+    ops = ("conv2d", "atrous_pyramid", *others, "network")
 
     def unchanged() -> list[str]:
         report.is_unchanged.cache_clear()
@@ -352,9 +353,9 @@ def test_a_row_counts_until_its_op_is_changed(monkeypatch, tmp_path):
     write("README.md", "new")
     assert unchanged() == list(ops)
     write("kernels/conv/a.py", "new")
-    assert unchanged() == ["rnn_tanh", "max_pool2d_with_offsets"]
+    assert unchanged() == others
     git("commit", "-am", "second")
-    assert unchanged() == ["rnn_tanh", "max_pool2d_with_offsets"]
+    assert unchanged() == others
     write("kernels/runtime.py", "new")
     assert unchanged() == []
     assert not report.is_unchanged("rnn_tanh", "0123abc") and not report.is_unchanged("rnn_tanh", f"{first}-abcdef")

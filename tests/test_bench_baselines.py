@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backstride.bench import bench_conv, bench_networks, bench_pool, bench_pyramid
+from backstride.bench import bench_batch_norm, bench_conv, bench_networks, bench_pool, bench_pyramid
 from backstride.bench.algorithm import UNKNOWN, algorithm, label
 from backstride.bench.case import Variant, run_case, variants
 from backstride.bench.timing import WARM_UP
@@ -10,6 +10,7 @@ from backstride.bench.timing import WARM_UP
 CONV = bench_conv.case(bench_conv.Layer("layer", 2, 3, 5, (6, 7), 3, 2, 1), "forward", torch.float32)
 POOL, ROUND_TRIP = bench_pool.cases(True, True)[:2]
 PYRAMID = bench_pyramid.cases(True, True)[1]
+BATCH_NORM = bench_batch_norm.cases(True, True)[1]
 NETWORK = bench_networks.case(bench_networks.NETWORKS[0].tiny(), torch.float32)
 
 
@@ -36,8 +37,8 @@ def backend(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "results"),
-    [(CONV, [1]), (POOL, [2]), (ROUND_TRIP, [2, 1]), (PYRAMID, [1]), (NETWORK, None)],
-    ids=["convolution", "pooling", "unpooling", "pyramid in training", "network"],
+    [(CONV, [1]), (POOL, [2]), (ROUND_TRIP, [2, 1]), (PYRAMID, [1]), (BATCH_NORM, [1]), (NETWORK, None)],
+    ids=["convolution", "pooling", "unpooling", "pyramid in training", "batch normalisation in training", "network"],
 )
 def test_both_layouts_are_compiled_in_the_warm_up(backend, case, results):
     """And not when they are timed. Pooling has to return its indices: what nobody wants would not be computed."""
@@ -134,6 +135,16 @@ NAMES = {
     ),
     "void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::BFloat16, int>": "max-pooling, torch's own",
     "void at::native::max_unpooling2d_forward_kernel<float>(long, float const*)": "max-unpooling, torch's own",
+    "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>": "batch normalisation, cuDNN",
+    "void cudnn::batchnorm_bwtr_nhwc_semiPersist<float, float, float, 512, 16, 3, 4>": (
+        "backward of batch normalisation, cuDNN"
+    ),
+    "void at::native::batch_norm_collect_statistics_channels_last_kernel<at::native::Var>": (
+        "batch normalisation, torch's own"
+    ),
+    "void at::native::batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>": (
+        "backward of batch normalisation, torch's own"
+    ),
     "triton_tem_fused_convolution_0": "Inductor's template",
     "triton_poi_fused_max_pool3d_with_indices_0": "Inductor's pointwise",
     "conv_apply_kernel": "ours: conv_apply_kernel",

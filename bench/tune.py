@@ -16,6 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..fused_ops.conv import aten
+from ..kernels.batch_norm import launch as batch_norm_launch
+from ..kernels.batch_norm.config import BatchNormConfig
 from ..kernels.conv import plan_forward, plan_weight_grad, zones
 from ..kernels.conv import pyramid as conv_pyramid
 from ..kernels.conv.config import ConvConfig
@@ -39,6 +41,8 @@ CONV = [
     if block_m * block_n >= 32 * 32 * num_warps // 4
 ]
 TINY_CONV = [ConvConfig(16, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1), ConvConfig(16, 32, 32, 4, 1)]
+# Elements of a tile, warps, programs of a multiprocessor.
+BATCH_NORM = [BatchNormConfig(*each) for each in product((1024, 2048, 4096, 8192), (4, 8), (2, 4, 8))]
 
 
 def _rnn(hidden: int) -> list[RnnConfig]:
@@ -101,6 +105,7 @@ FAMILIES: dict[type, tuple[Any, ...]] = {
     ConvConfig: (plan_forward, plan_weight_grad, conv_pyramid),
     DepthwiseConfig: (depthwise_launch,),
     PoolConfig: (pool_launch,),
+    BatchNormConfig: (batch_norm_launch,),
     RnnConfig: (rnn_launch,),
 }
 
@@ -120,6 +125,8 @@ def candidates(case: Case, asked: Sequence[Asked], tiny: bool) -> list[Any]:
     if isinstance(first.config, PoolConfig):
         every = _pool(first.config)
         return every[:2] if tiny else every
+    if isinstance(first.config, BatchNormConfig):
+        return BATCH_NORM[::7] if tiny else BATCH_NORM
     every = _rnn(case.shapes[3][-1])  # of W_hh
     return [c for c in every if c.regime != SHARDED][::12] if tiny else every
 

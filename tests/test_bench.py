@@ -393,7 +393,7 @@ def test_programs_on_a_multiprocessor_by_hand():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it times")
-@pytest.mark.parametrize("op", ["conv_transpose1d", "atrous_pyramid", "max_pool2d_with_offsets"])
+@pytest.mark.parametrize("op", ["conv_transpose1d", "atrous_pyramid", "max_pool2d_with_offsets", "batch_norm"])
 def test_tuning_runs_dry_and_finds_unwritten_memory(monkeypatch, tmp_path, op):
     """A kernel that leaves out the last element is found because memory is NaN before."""
     out = tmp_path / "tuned.csv"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from backstride.bench import bench_conv, bench_networks, bench_pool, bench_pyramid, tune
+from backstride.bench import bench_batch_norm, bench_conv, bench_networks, bench_pool, bench_pyramid, tune
 from backstride.bench.tune import Asked, Zones, candidates, forced, noting
 from backstride.kernels.conv.config import ConvConfig
 from backstride.kernels.conv.transpose import transpose_kernel
@@ -107,6 +107,19 @@ def test_a_candidate_reaches_the_launch_and_is_gone_after(launched, case, config
     launched.clear()
     run(case)
     assert [plan.constants[name] for plan in launched] == shipped
+
+
+def test_batch_normalisation():
+    """Few candidates in the interpreter, and of each choice every value."""
+    case = bench_batch_norm.cases(True, True)[1]
+    asked = asked_by(case)
+    assert asked
+    few, every = (candidates(case, asked, tiny) for tiny in (True, False))
+    assert set(few) < set(every) and len(set(every)) == len(every)
+    for name in ("tile", "num_warps", "programs"):
+        assert {getattr(config, name) for config in few} == {getattr(config, name) for config in every}
+    rows = tune.tune(case, "cpu", "channels_last", None)
+    assert len(rows) == 1 + len(few) and {row.verdict for row in rows} == {"right"}
 
 
 def test_whole_networks_have_no_candidates():

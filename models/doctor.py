@@ -107,6 +107,13 @@ def _pool_examples() -> list[Example]:
 
 # One line for every op of fused_ops. Odd sizes, so that no tile fits exactly.
 EXAMPLES = (
+    Example(
+        "batch_norm",
+        F.batch_norm,
+        ((3, 5, 7, 9), (5,), (5,)),
+        {"training": True},
+        lambda tensors: (tensors[0], None, None, *tensors[1:]),
+    ),
     Example("conv1d", F.conv1d, ((2, 5, 19), (7, 5, 3), (7,)), {"stride": 2, "padding": 1}),
     Example("conv2d", F.conv2d, ((2, 5, 9, 11), (7, 5, 3, 3), (7,)), {"padding": 2, "dilation": 2}),
     Example("conv3d", F.conv3d, ((1, 3, 5, 6, 7), (5, 3, 2, 3, 3), (5,)), {"padding": 1}),

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import fused_ops
 from ..fused_ops.dispatch import ATEN, kernel_path
@@ -51,9 +52,7 @@ class Conv2d(nn.Conv2d):
                 activation=self.activation,
                 residual=residual,
             )
-        output = super().forward(input)
-        output = output if residual is None else output + residual
-        return output if self.activation is None else torch.relu(output)
+        return _finish(super().forward(input), residual, self.activation)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -83,9 +82,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
                 activation=self.activation,
                 residual=residual,
             )
-        output = super().forward(input)
-        output = output if residual is None else output + residual
-        return output if self.activation is None else torch.relu(output)
+        return _finish(super().forward(input), residual, self.activation)
 
 
 class UpConvConcat2d(nn.ConvTranspose2d):
@@ -118,19 +115,99 @@ class UpConvConcat2d(nn.ConvTranspose2d):
         return torch.cat([skip, super().forward(input)], dim=1)
 
 
+class BatchNorm2d(fused_ops.BatchNorm2d):
+    """torch.nn.BatchNorm2d, plus `residual` if one is given, followed by `activation` (None or "relu").
+
+    [N, channels, H, W] and a residual of the same shape -> [N, channels, H, W]. When `ops` is "fused", they are
+    computed in the pass that normalises.
+    """
+
+    def __init__(self, channels: int, *, activation: Activation = None, ops: Ops = "fused"):
+        super().__init__(channels)
+        check_ops(ops)
+        self.activation: Activation = activation
+        self.ops = ops
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+        if self.ops == "fused":
+            return super().forward(input, activation=self.activation, residual=residual)
+        return _finish(nn.BatchNorm2d.forward(self, input), residual, self.activation)
+
+
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm, plus `residual` if one is given, followed by `activation` (None or "relu"): what
+    `synchronised` puts in the place of a `BatchNorm2d`. Takes torch.nn.SyncBatchNorm's arguments."""
+
+    def __init__(self, *args, activation: Activation = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation: Activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+        return _finish(super().forward(input), residual, self.activation)
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network, changed in place so that batch normalisation in training sees the batches of all processes.
+
+    Each `BatchNorm2d` becomes a `SyncBatchNorm2d`, where torch's `convert_sync_batchnorm` would drop the activation;
+    any other batch normalisation becomes torch's SyncBatchNorm. The new layers hold the same parameters and buffers
+    under the same names. Where the network is such a layer itself, the new one is returned.
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    # A module that has several names gets the same new one under all of them.
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if not isinstance(module, _BatchNorm) or isinstance(module, nn.SyncBatchNorm):
+            continue
+        if module not in new:
+            new[module] = _synchronised(module)
+        if module is not network:
+            network.set_submodule(name, new[module])
+    return new.get(network, network)
+
+
+def _synchronised(norm: _BatchNorm) -> nn.Module:
+    if not isinstance(norm, BatchNorm2d):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    layer = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum, activation=norm.activation)
+    layer.weight, layer.bias = norm.weight, norm.bias
+    layer.running_mean, layer.running_var = norm.running_mean, norm.running_var
+    layer.num_batches_tracked = norm.num_batches_tracked
+    return layer.train(norm.training)
+
+
+def _finish(output: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    output = output if residual is None else output + residual
+    return output if activation is None else torch.relu(output)
+
+
 def max_pool(*args, ops: Ops = "fused", **kwargs) -> nn.MaxPool2d:
     """A torch.nn.MaxPool2d, computed by `ops`. Takes torch.nn.MaxPool2d's arguments."""
     check_ops(ops)
     return (fused_ops.MaxPool2d if ops == "fused" else nn.MaxPool2d)(*args, **kwargs)
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution, batch normalisation, plus `residual` if one is given, and ReLU if it was asked for; see
+    `conv_norm`."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+        convolution, norm, *_ = self
+        return norm(convolution(input), residual)
+
+
 def conv_norm(
     before: int, after: int, size: int, *, stride: int = 1, dilation: int = 1, relu: bool = True, ops: Ops = "fused"
-) -> nn.Sequential:
+) -> ConvNorm:
     """A convolution without bias that keeps the size (but for `stride`), batch normalisation, and ReLU."""
     padding = dilation * (size // 2)
     convolution = Conv2d(before, after, size, stride=stride, padding=padding, dilation=dilation, bias=False, ops=ops)
-    return nn.Sequential(convolution, nn.BatchNorm2d(after), *([nn.ReLU()] if relu else []))
+    return ConvNorm(convolution, *(norm_relu(after, ops) if relu else [BatchNorm2d(after, ops=ops)]))
+
+
+def norm_relu(channels: int, ops: Ops) -> list[nn.Module]:
+    """Batch normalisation with ReLU, for an nn.Sequential."""
+    # The names in a state_dict count an nn.Sequential's modules, and in files, torchvision's too, ReLU is one of them.
+    return [BatchNorm2d(channels, activation="relu", ops=ops), nn.Identity()]
 
 
 def resize(input: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from backstride.models.layers import BatchNorm2d
 from backstride.models.segmentation.deconvnet import DeconvNet
 from backstride.models.segmentation.segnet import SegNet, SegNetBasic
 from torch import nn
@@ -115,5 +116,7 @@ def test_values_return_to_the_places_of_the_maxima(size):
 
 
 def test_segnet_basic_has_no_relu_in_its_decoder():
-    stages, decoder = SegNetBasic(width=1).stages, SegNetBasic(width=1).decoder
-    assert [len([m for m in part.modules() if isinstance(m, nn.ReLU)]) for part in (stages, decoder)] == [4, 0]
+    network = SegNetBasic(width=1)
+    for part, activation in ((network.stages, "relu"), (network.decoder, None)):
+        assert [m.activation for m in part.modules() if isinstance(m, BatchNorm2d)] == [activation] * 4
+        assert not [m for m in part.modules() if isinstance(m, nn.ReLU)]

@@ -78,7 +78,7 @@ class ASPP(nn.Module):
         *atrous, pooling = self.convs
         plain = [branch for branch in atrous if isinstance(branch, nn.Sequential)]
         results = branches([conv for branch in plain for conv in branch if isinstance(conv, Conv2d)], input)
-        parts = [branch[1:](result) for branch, result in zip(plain, results, strict=True)]
+        parts = [branch[1](result) for branch, result in zip(plain, results, strict=True)]
         parts += [branch(input) for branch in atrous if isinstance(branch, SeparableConv2d)]
         return self.project(torch.cat([*parts, pooling(input)], 1))
 

@@ -23,11 +23,11 @@ class CascadeFusion(nn.Module):
     def __init__(self, coarse: int, fine: int, channels: int, ops: Ops):
         super().__init__()
         self.coarse = conv_norm(coarse, channels, 3, dilation=2, relu=False, ops=ops)
-        self.fine = conv_norm(fine, channels, 1, relu=False, ops=ops)
+        self.fine = conv_norm(fine, channels, 1, ops=ops)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         coarse = resize(coarse, fine.shape[2:])
-        return torch.relu(self.coarse(coarse) + self.fine(fine)), coarse
+        return self.fine(fine, self.coarse(coarse)), coarse
 
 
 class ICNet(nn.Module):

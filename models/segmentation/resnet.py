@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from ..layers import Conv2d, Ops, max_pool
+from ..layers import BatchNorm2d, Conv2d, Ops, max_pool
 from .output_stride import Paths, set_output_stride, spread_out
 from .vgg import check_input, initialise, read_state_dict
 
@@ -27,22 +26,22 @@ class Bottleneck(nn.Module):
         first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
         after = 4 * inner
         self.conv1 = Conv2d(before, inner, 1, stride=first, bias=False, ops=ops)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = BatchNorm2d(inner, activation="relu", ops=ops)
         self.conv2 = Conv2d(inner, inner, 3, stride=second, padding=1, bias=False, ops=ops)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = BatchNorm2d(inner, activation="relu", ops=ops)
         self.conv3 = Conv2d(inner, after, 1, bias=False, ops=ops)
-        self.bn3 = nn.BatchNorm2d(after)
+        self.bn3 = BatchNorm2d(after, activation="relu", ops=ops)
         self.downsample = None
         if stride > 1 or before != after:
             self.downsample = nn.Sequential(
-                Conv2d(before, after, 1, stride=stride, bias=False, ops=ops), nn.BatchNorm2d(after)
+                Conv2d(before, after, 1, stride=stride, bias=False, ops=ops), BatchNorm2d(after, ops=ops)
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(input)))
-        x = torch.relu(self.bn2(self.conv2(x)))
+        x = self.bn1(self.conv1(input))
+        x = self.bn2(self.conv2(x))
         shortcut = input if self.downsample is None else self.downsample(input)
-        return torch.relu(self.bn3(self.conv3(x)) + shortcut)
+        return self.bn3(self.conv3(x), shortcut)
 
     def paths(self) -> Paths:
         shortcut = [] if self.downsample is None else [[self.downsample[0]]]
@@ -85,14 +84,14 @@ class ResNet(nn.Module):
         self.deep_stem = deep_stem
         if deep_stem:
             self.conv1 = Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False, ops=ops)
-            self.bn1 = nn.BatchNorm2d(width)
+            self.bn1 = BatchNorm2d(width, activation="relu", ops=ops)
             self.conv2 = Conv2d(width, width, 3, padding=1, bias=False, ops=ops)
-            self.bn2 = nn.BatchNorm2d(width)
+            self.bn2 = BatchNorm2d(width, activation="relu", ops=ops)
             self.conv3 = Conv2d(width, 2 * width, 3, padding=1, bias=False, ops=ops)
-            self.bn3 = nn.BatchNorm2d(2 * width)
+            self.bn3 = BatchNorm2d(2 * width, activation="relu", ops=ops)
         else:
             self.conv1 = Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False, ops=ops)
-            self.bn1 = nn.BatchNorm2d(width)
+            self.bn1 = BatchNorm2d(width, activation="relu", ops=ops)
         self.maxpool = max_pool(3, stride=2, padding=1, ops=ops)
         before = 2 * width if deep_stem else width
         stages = []
@@ -120,10 +119,10 @@ class ResNet(nn.Module):
     def stem(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> the first stage's input, on a grid of 4 pixels."""
         check_input(input, self.in_channels)
-        x = torch.relu(self.bn1(self.conv1(input)))
+        x = self.bn1(self.conv1(input))
         if self.deep_stem:
-            x = torch.relu(self.bn2(self.conv2(x)))
-            x = torch.relu(self.bn3(self.conv3(x)))
+            x = self.bn2(self.conv2(x))
+            x = self.bn3(self.conv3(x))
         return self.maxpool(x)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:

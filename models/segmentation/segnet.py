@@ -3,7 +3,7 @@ Segmentation" (arXiv 1511.00561)."""
 
 from torch import Tensor, nn
 
-from ..layers import Conv2d, Ops, halve_with_places, unpool
+from ..layers import BatchNorm2d, Conv2d, Ops, halve_with_places, unpool
 from .vgg import VGG16_STAGES, Stages, check_input, conv_relu, conv_stages, in_channels_of, initialise
 
 
@@ -67,7 +67,8 @@ class SegNetBasic(nn.Module):
             nn.Sequential(*conv_relu(before, width, kernel, kernel // 2, norm=True, ops=ops)) for before in channels
         )
         self.decoder = nn.ModuleList(
-            nn.Sequential(*conv_relu(width, width, kernel, kernel // 2, norm=True, ops=ops)[:2]) for _ in channels
+            nn.Sequential(Conv2d(width, width, kernel, padding=kernel // 2, ops=ops), BatchNorm2d(width, ops=ops))
+            for _ in channels
         )
         self.classifier = Conv2d(width, num_classes, 1, ops=ops)
         self.apply(initialise)

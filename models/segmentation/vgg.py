@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layers import Conv2d, ConvTranspose2d, Ops, halve
+from ..layers import Conv2d, ConvTranspose2d, Ops, halve, norm_relu
 
 Stages = tuple[tuple[int, ...], ...]
 """The channels of the convolutions between two max-pools, stage for stage."""
@@ -93,7 +93,7 @@ def conv_relu(
     convolution = ConvTranspose2d if transposed else Conv2d
     if not norm:
         return [convolution(before, after, size, padding=padding, activation="relu", ops=ops)]
-    return [convolution(before, after, size, padding=padding, ops=ops), nn.BatchNorm2d(after), nn.ReLU()]
+    return [convolution(before, after, size, padding=padding, ops=ops), *norm_relu(after, ops)]
 
 
 def initialise(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..layers import synchronised
 from ..visual import loss_curve
 from . import distributed
 from .checkpoint import (
@@ -57,7 +58,7 @@ def train(
     device = next(task.network.parameters()).device
     main, processes = distributed.rank() == 0, distributed.size()
     if processes > 1 and device.type == "cuda":
-        task.network = nn.SyncBatchNorm.convert_sync_batchnorm(task.network)
+        task.network = synchronised(task.network)
     network = task.network
     optimizer = make_optimizer(network, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")

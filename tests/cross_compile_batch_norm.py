@@ -60,11 +60,13 @@ def _step(x: torch.Tensor, title: str, dtype: str) -> Iterator[Case]:
     plan = launch.normalise_plan(layout, layout, x.dtype, H200)
     sums, add, last = launch.gradient_plans(layout, layout, layout, x.dtype, H200)
     yield _case(add, {"EPS": 1e-5, "IS_VAR": False} | AFFINE, title, dtype)
-    to = {"TO_X": True, "TO_RESIDUAL": True}
     for given in (False, True):
         for residual in (False, True):
             about = f"{title}{', residual' if residual else ''}{', given statistics' if given else ''}"
             flags = RELU | AFFINE | {"IS_VAR": given}
             yield _case(plan, flags | {"HAS_RESIDUAL": residual}, about, dtype)
-            yield _case(sums, flags | {"HAS_Y": residual}, about, dtype)
-            yield _case(last, flags | to | {"HAS_Y": residual, "TO_RESIDUAL": residual}, about, dtype)
+            flags |= {"HAS_Y": residual, "TO_RESIDUAL": residual}
+            yield _case(sums, flags, about, dtype)
+            yield _case(last, flags | {"TO_X": True}, about, dtype)
+    flags = RELU | AFFINE | {"IS_VAR": False, "HAS_Y": False, "TO_RESIDUAL": False, "TO_X": True}
+    yield _case(last, flags | {"RELU": False}, f"{title}, gradient through ReLU", dtype)

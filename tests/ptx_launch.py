@@ -51,11 +51,18 @@ class _EmulatingDriver(host._Driver):
         return launch
 
 
+def _bits(argument: Any) -> int:
+    """Of a tensor its address; a float is one of 32 bits."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return int(np.float32(argument).view(np.uint32)) if isinstance(argument, float) else argument or 0
+
+
 def run(path: str, grid: tuple[int, int, int], threads: int, shared: int, arguments: list[Any]) -> None:
     """Execute all programs of a grid."""
     program, waits = _program(path)
     memory = Memory([a for a in arguments if isinstance(a, torch.Tensor)])
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
+    values = [_bits(a) for a in arguments]
     # Behind the kernel's own arguments come Triton's scratch buffers, of which none is used.
     values += [0] * (len(program.parameters) - len(values))
     parameters = {

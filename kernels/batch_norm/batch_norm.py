@@ -257,6 +257,7 @@ def sums_kernel(
     grad_ptr,  # (N, CHANNELS, PIXELS)
     x_ptr,  # (N, CHANNELS, PIXELS)
     y_ptr,  # (N, CHANNELS, PIXELS)
+    grad_residual_ptr,  # as y
     partial_ptr,  # (2, PARTS, CHANNELS)
     mean_ptr,  # (CHANNELS,)
     spread_ptr,  # (CHANNELS,)
@@ -277,6 +278,7 @@ def sums_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_Y: tl.constexpr,
     RELU: tl.constexpr,
+    TO_RESIDUAL: tl.constexpr,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     FOLD: tl.constexpr,
@@ -284,7 +286,8 @@ def sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of a part: the sum of the gradient that comes through ReLU, and of its products with x - mean."""
+    """Of a part: the sum of the gradient that comes through ReLU, which is grad_residual, and of its products with
+    x - mean."""
     pid_c = tl.program_id(0)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -300,12 +303,15 @@ def sums_kernel(
         n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
         grad = tl.load(grad_ptr + offsets(n, rows, lanes, stride_gn, stride_gr, VEC), mask=mask, other=0.0).to(ACC)
         x = tl.load(x_ptr + offsets(n, rows, lanes, stride_xn, stride_xr, VEC), mask=mask, other=0.0).to(ACC)
+        offs = offsets(n, rows, lanes, stride_yn, stride_yr, VEC)
         if RELU:
             if HAS_Y:
-                y = tl.load(y_ptr + offsets(n, rows, lanes, stride_yn, stride_yr, VEC), mask=mask, other=0.0)
+                y = tl.load(y_ptr + offs, mask=mask, other=0.0)
             else:
                 y = ((x - mean) * scale + shift).to(grad_ptr.dtype.element_ty)
             grad = through_relu(grad, y)
+        if TO_RESIDUAL:
+            tl.store(grad_residual_ptr + offs, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
         total += folded(grad, LAST, FOLD, BLOCK_C, BLOCK_P)
         products += folded(grad * (x - mean), LAST, FOLD, BLOCK_C, BLOCK_P)
     AXIS: tl.constexpr = tl.constexpr(0) if LAST else tl.constexpr(1)

@@ -200,20 +200,25 @@ def gradients(
     Shapes: as there; grad as x; y is needed for a residual behind which ReLU comes. y, grad_x and grad_residual have
     the same strides, and x, grad and these `is_walked`. One of them, or y, is not None.
     """
-    dense = next(tensor for tensor in (grad_x, grad_residual, y, x) if tensor is not None)
-    sums, finish, last = gradient_plans(layout_of(x), layout_of(dense), layout_of(grad), x.dtype, device_of(x))
+    dense = layout_of(next(tensor for tensor in (grad_x, grad_residual, y, x) if tensor is not None))
+    layout, device = layout_of(x), device_of(x)
+    sums, finish, last = gradient_plans(layout, dense, layout_of(grad), x.dtype, device)
     vectors = mean, spread, weight, bias
-    flags = {"EPS": eps, "IS_VAR": is_var}
-    present = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "HAS_Y": y is not None, "RELU": relu}
+    flags = {"EPS": eps, "IS_VAR": is_var, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     means = None
     with device_guard(x):
         if grad_weight is not None or grad_bias is not None or (grad_x is not None and not is_var):
             partial = _partial(2, sums, x)
             means = torch.empty((2, x.shape[1]), dtype=partial.dtype, device=x.device)
-            sums.launch(grad, x, y, partial, *vectors, **flags, **present)
+            to_residual = grad_residual is not None
+            behind = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": to_residual}
+            sums.launch(grad, x, y, grad_residual, partial, *vectors, **flags, **behind)
             wanted = {"HAS_WEIGHT": grad_weight is not None, "HAS_BIAS": grad_bias is not None}
-            finish.launch(partial, spread, means, grad_weight, grad_bias, **flags, **wanted)
+            finish.launch(partial, spread, means, grad_weight, grad_bias, **flags | wanted)
+            if to_residual:  # from here on that is the gradient
+                grad, y, relu, grad_residual = grad_residual, None, False, None
+                *_, last = gradient_plans(layout, dense, dense, x.dtype, device)
         if grad_x is not None or grad_residual is not None:
+            behind = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": grad_residual is not None}
             tensors = grad, x, y, grad_x, grad_residual, *vectors, means
-            to = {"TO_X": grad_x is not None, "TO_RESIDUAL": grad_residual is not None}
-            last.launch(*tensors, **flags, **present, **to)
+            last.launch(*tensors, **flags, **behind, TO_X=grad_x is not None)

@@ -54,19 +54,20 @@ def cases(target: Target) -> Iterator[Case]:
 
 def _step(x: torch.Tensor, title: str, dtype: str) -> Iterator[Case]:
     layout = layout_of(x)
-    first, finish = launch.moments_plans(layout, x.dtype, H200)
+    forward = launch.forward_plans(layout, layout, x.dtype, H200)
+    backward = launch.backward_plans(layout, layout, layout, x.dtype, H200)
+    assert forward and backward
+    (first, finish, plan), (sums, add, last) = forward, backward
     yield _case(first, {}, title, dtype)
     yield _case(finish, {"EPS": 1e-5, "HAS_RUNNING": True}, title, dtype)
-    plan = launch.normalise_plan(layout, layout, x.dtype, H200)
-    sums, add, last = launch.gradient_plans(layout, layout, layout, x.dtype, H200)
-    yield _case(add, {"EPS": 1e-5, "IS_VAR": False} | AFFINE, title, dtype)
+    yield _case(add, {"EPS": 1e-5, "GIVEN": False} | AFFINE, title, dtype)
     for given in (False, True):
         for residual in (False, True):
             about = f"{title}{', residual' if residual else ''}{', given statistics' if given else ''}"
-            flags = RELU | AFFINE | {"IS_VAR": given}
+            flags = RELU | AFFINE | {"GIVEN": given}
             yield _case(plan, flags | {"HAS_RESIDUAL": residual}, about, dtype)
             flags |= {"HAS_Y": residual, "TO_RESIDUAL": residual}
             yield _case(sums, flags, about, dtype)
             yield _case(last, flags | {"TO_X": True}, about, dtype)
-    flags = RELU | AFFINE | {"IS_VAR": False, "HAS_Y": False, "TO_RESIDUAL": False, "TO_X": True}
+    flags = RELU | AFFINE | {"GIVEN": False, "HAS_Y": False, "TO_RESIDUAL": False, "TO_X": True}
     yield _case(last, flags | {"RELU": False}, f"{title}, gradient through ReLU", dtype)

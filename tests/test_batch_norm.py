@@ -161,7 +161,7 @@ def test_a_mean_far_from_zero(shift, device, monkeypatch):
     leaves 0.03 between neighbours at 3 10^5."""
     for programs, shape in itertools.product((1, 2), [(4, 6, 40, 50), (64, 3)]):
         monkeypatch.setattr(launch, "MOST_PARTS", programs)
-        launch.moments_plans.cache_clear()
+        launch.forward_plans.cache_clear()
         x, mean, var, *_ = arguments(shape, device=device)
         x = x + shift
         running = []
@@ -170,7 +170,7 @@ def test_a_mean_far_from_zero(shift, device, monkeypatch):
             running.append((function(data, *statistics, training=True, momentum=1.0), *statistics))
         for ours, torchs, oracle in zip(*running, strict=True):
             assert_as_exact_as(ours, torchs, oracle, oracle)
-    launch.moments_plans.cache_clear()
+    launch.forward_plans.cache_clear()
 
 
 @kernels_run
@@ -179,10 +179,16 @@ def test_an_outlier_at_the_beginning(first, device):
     """Distances are summed from the first block's mean, which one number may spoil."""
     x = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(0)).add(50).to(device)
     x[0, :, 0, 0] = first
-    statistics = torch.empty(2, 3, device=device)
-    kernels.moments(x, statistics, None, None, 0.0, 1e-5)
+    statistics, y = torch.empty(2, 3, device=device), torch.empty_like(x)
+    kernels.forward(plans_of(x)[0], x, y, statistics, *[None] * 5, 0.0, 1e-5, relu=False)
     exact = torch.stack(reference.moments(x.double(), 1e-5)).cpu()
     torch.testing.assert_close(statistics.cpu().double(), exact, rtol=2e-5, atol=1e-6)
+
+
+def plans_of(x):
+    forward, backward = kernels.plan_forward(x, x), kernels.plan_backward(x, x, x)
+    assert forward and backward
+    return forward, backward
 
 
 @kernels_run
@@ -194,10 +200,10 @@ def test_every_element_is_written(device):
             residual, grad = (torch.empty_like(a).copy_(t) for t in (residual, grad))
             by_weight, by_bias = torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan)
             statistics = torch.full((2, shape[1]), torch.nan, device=device)
-            kernels.moments(a, statistics, mean, var, 0.1, 1e-5)
-            kernels.normalise(a, *statistics, weight, bias, residual, y, 1e-5, is_var=False, relu=True)
+            forward, backward = plans_of(a)
+            kernels.forward(forward, a, y, statistics, mean, var, weight, bias, residual, 0.1, 1e-5, relu=True)
             given = by_x, by_weight, by_bias, by_residual
-            kernels.gradients(grad, a, *statistics, weight, bias, y, *given, 1e-5, is_var=False, relu=True)
+            kernels.backward(backward, grad, a, statistics, None, weight, bias, y, *given, 1e-5, relu=True)
             assert not any(t.isnan().any() for t in (statistics, y, mean, var, *given))
 
 
@@ -289,7 +295,7 @@ def test_parts_and_tiles_do_not_matter(device, monkeypatch):
     residual = clear_of_the_kink(x, *vectors, residual, True)
     expected = results(theirs, x, *vectors, residual, grad, True, "relu")
     shipped = launch.choose_config(1)
-    kept = launch.moments_plans, launch.normalise_plan, launch.gradient_plans
+    kept = launch.forward_plans, launch.backward_plans
     for tile, fold, programs in ((256, 1, 50), (256, 2, 1), (1024, 4, 3), (4096, 2, 200)):
         config = type(shipped)(tile, fold, shipped.num_warps, programs)
         monkeypatch.setattr(launch, "choose_config", lambda _, config=config: config)

@@ -1,14 +1,14 @@
 """Registration of batch normalisation with PyTorch: schema, kernels, fake tensors; and its autograd.
 
-    backstride::batch_norm_moments      the batch's mean and deviation, and the running ones brought up to date
-    backstride::batch_norm_normalise    normalised by given ones, a residual added, ReLU
-    backstride::batch_norm_gradients    of both together
+    backstride::batch_norm_forward      the output, and in training the batch's statistics; running ones go on
+    backstride::batch_norm_backward     those gradients that are wanted, by x, weight, bias and residual
 
 They have kernels only, and no derivatives: `batch_norm` is an autograd.Function of them, for eager code alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +20,12 @@ from ..registration import Function, below_autograd, memory_format
 
 library = torch.library.Library("backstride", "FRAGMENT")
 library.define(
-    "batch_norm_moments(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
-    " -> Tensor"
+    "batch_norm_forward(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
+    " Tensor? residual, bool training, float momentum, float eps, bool relu) -> (Tensor, Tensor)"
 )
 library.define(
-    "batch_norm_normalise(Tensor x, Tensor mean, Tensor spread, Tensor? weight, Tensor? bias, Tensor? residual,"
-    " float eps, bool is_var, bool relu) -> Tensor"
-)
-library.define(
-    "batch_norm_gradients(Tensor grad, Tensor x, Tensor mean, Tensor spread, Tensor? weight, Tensor? bias, Tensor? y,"
-    " float eps, bool is_var, bool relu, bool[] wanted) -> Tensor[]"
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? y,"
+    " float eps, bool relu, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -37,51 +33,63 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-def _moments(x, running_mean, running_var, momentum, eps):
-    statistics = torch.empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    x = x if kernels.is_walked(x) else x.contiguous()
-    kernels.moments(x, statistics, running_mean, running_var, momentum, eps)
-    return statistics
+def _copied(tensor: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(tensor)
 
 
-def _normalise(x, mean, spread, weight, bias, residual, eps, is_var, relu):
-    y = _like(x)
-    x = x if kernels.is_walked(x, y) else torch.empty_like(y).copy_(x)
+def _results(x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the output and the statistics, which are empty where they are given."""
+    channels, dtype = x.shape[1] if training else 0, torch.promote_types(x.dtype, torch.float32)
+    return _like(x), torch.empty((2, channels), dtype=dtype, device=x.device)
+
+
+def _forward(x, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu):
+    y, statistics = _results(x, training)
+    plans = kernels.plan_forward(x, y)
+    if plans is None:
+        x = _copied(x, y)
+        plans = kernels.plan_forward(x, y)
+        assert plans, "y is dense"
     if residual is not None and residual.stride() != y.stride():
-        residual = torch.empty_like(y).copy_(residual)
-    kernels.normalise(x, mean, spread, weight, bias, residual, y, eps, is_var=is_var, relu=relu)
-    return y
+        residual = _copied(residual, y)
+    own = statistics if training else None
+    kernels.forward(plans, x, y, own, running_mean, running_var, weight, bias, residual, momentum, eps, relu=relu)
+    return y, statistics
 
 
-def _gradients(grad, x, mean, spread, weight, bias, y, eps, is_var, relu, wanted):
+def _backward(grad, x, mean, var, weight, bias, y, eps, relu, wanted):
     dense = _like(x)
-    if not kernels.is_walked(x, dense):
-        x = torch.empty_like(dense).copy_(x)
-    if not kernels.is_walked(x, dense, grad):
-        grad = torch.empty_like(dense).copy_(grad)
-    results = _wanted(dense, weight, bias, wanted)
-    kernels.gradients(grad, x, mean, spread, weight, bias, y, *results, eps, is_var=is_var, relu=relu)
+    plans = kernels.plan_backward(x, dense, grad)
+    if plans is None:
+        x, grad = _copied(x, dense), _copied(grad, dense)
+        plans = kernels.plan_backward(x, dense, grad)
+        assert plans, "all are dense"
+    by_x, by_weight, by_bias, by_residual = results = _wanted(dense, weight, bias, wanted)
+    vectors = mean, var, weight, bias
+    kernels.backward(plans, grad, x, *vectors, y, by_x, by_weight, by_bias, by_residual, eps, relu=relu)
     return [result for result in results if result is not None]
 
 
-def _wanted(dense: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
-    """Memory for the gradients by x, weight, bias and residual."""
-    like = dense, weight, bias, dense
-    return [torch.empty_like(t) if t is not None and want else None for t, want in zip(like, wanted, strict=True)]
+def _wanted(
+    dense: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for the gradients by x, which is `dense`, weight, bias and residual."""
+    by_x, by_weight, by_bias, by_residual = wanted
+    return (
+        dense if by_x else None,
+        torch.empty_like(weight) if weight is not None and by_weight else None,
+        torch.empty_like(bias) if bias is not None and by_bias else None,
+        torch.empty_like(dense) if by_residual else None,
+    )
 
 
-@torch.library.register_fake("backstride::batch_norm_moments", lib=library)
-def _(x, running_mean, running_var, momentum, eps):
-    return x.new_empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+@torch.library.register_fake("backstride::batch_norm_forward", lib=library)
+def _(x, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu):
+    return _results(x, training)
 
 
-@torch.library.register_fake("backstride::batch_norm_normalise", lib=library)
-def _(x, mean, spread, weight, bias, residual, eps, is_var, relu):
-    return _like(x)
-
-
-@torch.library.register_fake("backstride::batch_norm_gradients", lib=library)
-def _(grad, x, mean, spread, weight, bias, y, eps, is_var, relu, wanted):
+@torch.library.register_fake("backstride::batch_norm_backward", lib=library)
+def _(grad, x, mean, var, weight, bias, y, eps, relu, wanted):
     return [result for result in _wanted(_like(x), weight, bias, wanted) if result is not None]
 
 
@@ -92,9 +100,8 @@ def _register(name: str, implementation: Any) -> Any:
     return below_autograd(getattr(torch.ops.backstride, name).default, implementation)
 
 
-moments = _register("batch_norm_moments", _moments)
-normalise = _register("batch_norm_normalise", _normalise)
-gradients = _register("batch_norm_gradients", _gradients)
+forward = _register("batch_norm_forward", _forward)
+backward = _register("batch_norm_backward", _backward)
 
 
 class _Settings(NamedTuple):
@@ -104,53 +111,45 @@ class _Settings(NamedTuple):
     relu: bool
 
 
-def _forward(x, running_mean, running_var, weight, bias, residual, settings: _Settings):
-    """The output, mean, and 1 / deviation or the running variance."""
-    training, momentum, eps, relu = settings
-    mean, spread = running_mean, running_var
-    if training:
-        mean, spread = moments(x, running_mean, running_var, momentum, eps).unbind()
-    return normalise(x, mean, spread, weight, bias, residual, eps, not training, relu), mean, spread
-
-
 class _BatchNorm(Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, residual, running_mean, running_var, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, mean, spread = _forward(x, running_mean, running_var, weight, bias, residual, settings)
+        y, own = forward(x, running_mean, running_var, weight, bias, residual, *settings)
+        mean, var = (own, None) if settings.training else (running_mean, running_var)
         # Without a residual, what ReLU let through follows from what is read anyway.
-        ctx.save_for_backward(x, mean, spread, weight, bias, y if settings.relu and residual is not None else None)
+        ctx.save_for_backward(x, mean, var, weight, bias, y if settings.relu and residual is not None else None)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, mean, spread, weight, bias, y = ctx.saved_tensors
-        training, _, eps, relu = ctx.settings
-        to_x, to_weight, to_bias, to_residual = needs = ctx.needs_input_grad[:4]
+        x, mean, var, weight, bias, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        relu = ctx.settings.relu
         if torch.is_grad_enabled():
-            found = _differentiable_gradients(grads[0], x, mean, spread, weight, bias, y, ctx.settings)
+            found = _differentiable_gradients(grads[0], x, mean, var, weight, bias, y, ctx.settings)
             results = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         else:
-            wanted = [to_x, to_weight, to_bias, to_residual and relu]
-            found = iter(gradients(grads[0], x, mean, spread, weight, bias, y, eps, not training, relu, wanted))
+            wanted = [*needs[:3], needs[3] and relu]
+            found = iter(backward(grads[0], x, mean, var, weight, bias, y, ctx.settings.eps, relu, wanted))
             results = [next(found) if want else None for want in wanted]
-            if to_residual and not relu:
+            if needs[3] and not relu:
                 results[3] = grads[0]
         return (*results, None, None, None)
 
 
-def _differentiable_gradients(grad, x, mean, spread, weight, bias, y, settings: _Settings):
+def _differentiable_gradients(grad, x, mean, var, weight, bias, y, settings: _Settings):
     """By x, weight, bias and residual, in torch's ops."""
     training, _, eps, relu = settings
     given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, grad = x.to(dtype), grad.to(dtype)
-    vectors = [None if vector is None else vector.to(dtype) for vector in (weight, bias)]
-    mean, inverse = reference.moments(x, eps) if training else (mean.to(dtype), (spread.to(dtype) + eps).rsqrt())
+    scale, shift = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
+    mean, inverse = reference.moments(x, eps) if training else (mean.to(dtype), (var.to(dtype) + eps).rsqrt())
     if relu:
         with torch.no_grad():
-            y = reference.normalise(x, mean, inverse, *vectors, None).to(given) if y is None else y
+            y = reference.normalise(x, mean, inverse, scale, shift, None).to(given) if y is None else y
         grad = torch.where(y <= 0, 0, grad)
-    by_x, *others = reference.gradients(grad, x, mean, inverse, vectors[0], constant=not training)
+    by_x, *others = reference.gradients(grad, x, mean, inverse, scale, constant=not training)
     others = [by if vector is None else by.to(vector.dtype) for by, vector in zip(others, (weight, bias), strict=True)]
     return by_x.to(given), *others, grad.to(given)
 
@@ -171,4 +170,4 @@ def batch_norm(
     settings = _Settings(training, momentum, eps, relu)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, settings)
-    return _forward(x, running_mean, running_var, weight, bias, residual, settings)[0]
+    return forward(x, running_mean, running_var, weight, bias, residual, *settings)[0]

@@ -1,7 +1,8 @@
 """Kernels of batch normalisation. All blocks of pixels are in PARTS parts. A program that sums has one of them for
 BLOCK_C channels, and one that writes has one block of pixels: the last ones of all parts come first.
 
-`spread` is 1 / sqrt(var + EPS), or with IS_VAR the variance itself.
+A batch's own statistics are its mean and 1 / sqrt(var + EPS), one vector behind the other at mean_ptr; GIVEN ones are a
+mean and a variance.
 """
 
 import triton
@@ -45,17 +46,60 @@ def backwards(C, N, P, PARTS, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def along(values, LAST: tl.constexpr):
-    """One value for each channel, as a tile to be broadcast."""
-    return values[None, :] if LAST else values[:, None]
+def load_vector(
+    pointer,
+    channels,
+    C,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    ACC: tl.constexpr,
+    SECOND: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
+):
+    """One value for each channel, of the second of two vectors in a row with SECOND. With LAST the number of channels
+    is a multiple of VEC."""
+    mask = channels < C
+    if SECOND:
+        channels += C
+    if LAST:
+        mask = tl.max_constancy(mask, VEC)
+        channels = tl.max_contiguous(tl.multiple_of(channels, VEC), VEC)
+    return tl.load(pointer + channels, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_along(pointer, channels, C, LAST: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
-    mask = channels < C
-    if LAST:
-        mask = tl.max_constancy(mask, VEC)
-    return along(tl.load(pointer + channels, mask=mask, other=0.0).to(ACC), LAST)
+def along(vector, LAST: tl.constexpr):
+    """One value for each channel, as a tile to be broadcast."""
+    return vector[None, :] if LAST else vector[:, None]
+
+
+@triton.jit
+def affine(
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    channels,
+    C,
+    EPS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(mean, scale, shift) with y = (x - mean) scale + shift, as tiles to be broadcast."""
+    mean = load_vector(mean_ptr, channels, C, LAST, VEC, ACC)
+    if GIVEN:
+        scale = 1.0 / tl.sqrt(load_vector(var_ptr, channels, C, LAST, VEC, ACC) + EPS)
+    else:
+        scale = load_vector(mean_ptr, channels, C, LAST, VEC, ACC, SECOND=True)
+    shift = tl.zeros_like(scale)
+    if HAS_WEIGHT:
+        scale *= load_vector(weight_ptr, channels, C, LAST, VEC, ACC)
+    if HAS_BIAS:
+        shift = load_vector(bias_ptr, channels, C, LAST, VEC, ACC)
+    return along(mean, LAST), along(scale, LAST), along(shift, LAST)
 
 
 @triton.jit
@@ -68,36 +112,6 @@ def zeros(LAST: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl
 def folded(tile, LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """The sum over FOLD parts of the pixels, which are a thread's own: it has one register for all of them."""
     return tl.sum(tl.reshape(tile, (FOLD, BLOCK_P // FOLD, BLOCK_C)), axis=0) if LAST and FOLD > 1 else tile
-
-
-@triton.jit
-def inverse_deviation(spread, EPS: tl.constexpr, IS_VAR: tl.constexpr):
-    return 1.0 / tl.sqrt(spread + EPS) if IS_VAR else spread
-
-
-@triton.jit
-def affine(
-    spread_ptr,
-    weight_ptr,
-    bias_ptr,
-    channels,
-    C,
-    EPS: tl.constexpr,
-    IS_VAR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    LAST: tl.constexpr,
-    VEC: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """(scale, shift) with y = (x - mean) scale + shift."""
-    scale = inverse_deviation(load_along(spread_ptr, channels, C, LAST, VEC, ACC), EPS, IS_VAR)
-    shift = tl.zeros_like(scale)
-    if HAS_WEIGHT:
-        scale *= load_along(weight_ptr, channels, C, LAST, VEC, ACC)
-    if HAS_BIAS:
-        shift = load_along(bias_ptr, channels, C, LAST, VEC, ACC)
-    return scale, shift
 
 
 @triton.jit
@@ -192,7 +206,7 @@ def moments_finish_kernel(
     distances = tl.where(mask, distances - distance[None, :], 0.0)
     total = tl.sum(squares + counts * distances * distances, axis=0)
     tl.store(statistics_ptr + channels, mean, mask=mask_c)
-    tl.store(statistics_ptr + CHANNELS + channels, inverse_deviation(total / count, EPS, True), mask=mask_c)
+    tl.store(statistics_ptr + CHANNELS + channels, 1.0 / tl.sqrt(total / count + EPS), mask=mask_c)
     if HAS_RUNNING:
         old = tl.load(running_mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
         new = old + momentum * (mean - old)
@@ -207,8 +221,8 @@ def normalise_kernel(
     x_ptr,  # (N, CHANNELS, PIXELS)
     residual_ptr,  # as y
     y_ptr,  # (N, CHANNELS, PIXELS)
-    mean_ptr,  # (CHANNELS,)
-    spread_ptr,  # (CHANNELS,)
+    mean_ptr,  # (2, CHANNELS)
+    var_ptr,  # (CHANNELS,)
     weight_ptr,  # (CHANNELS,)
     bias_ptr,  # (CHANNELS,)
     N,
@@ -220,7 +234,7 @@ def normalise_kernel(
     stride_yn,
     stride_yr,
     EPS: tl.constexpr,
-    IS_VAR: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -236,9 +250,8 @@ def normalise_kernel(
     if unit < first:
         return
     channels = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = load_along(mean_ptr, channels, CHANNELS, LAST, VEC, ACC)
-    scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
-        spread_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, IS_VAR, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
+    mean, scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, GIVEN, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
     )
     n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
     x = tl.load(x_ptr + offsets(n, rows, lanes, stride_xn, stride_xr, VEC), mask=mask, other=0.0).to(ACC)
@@ -259,8 +272,8 @@ def sums_kernel(
     y_ptr,  # (N, CHANNELS, PIXELS)
     grad_residual_ptr,  # as y
     partial_ptr,  # (2, PARTS, CHANNELS)
-    mean_ptr,  # (CHANNELS,)
-    spread_ptr,  # (CHANNELS,)
+    mean_ptr,  # (2, CHANNELS)
+    var_ptr,  # (CHANNELS,)
     weight_ptr,  # (CHANNELS,)
     bias_ptr,  # (CHANNELS,)
     N,
@@ -273,7 +286,7 @@ def sums_kernel(
     stride_gn,
     stride_gr,
     EPS: tl.constexpr,
-    IS_VAR: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_Y: tl.constexpr,
@@ -293,9 +306,8 @@ def sums_kernel(
     parts = tl.num_programs(1)
     first, end = part_of(part, parts, N, PIXELS, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
     channels = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = load_along(mean_ptr, channels, CHANNELS, LAST, VEC, ACC)
-    scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
-        spread_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, IS_VAR, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
+    mean, scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, GIVEN, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
     )
     total = zeros(LAST, ACC, FOLD, BLOCK_C, BLOCK_P)
     products = total
@@ -324,7 +336,8 @@ def sums_kernel(
 @triton.jit(do_not_specialize=[*SIZES, "PARTS"])
 def sums_finish_kernel(
     partial_ptr,  # (2, PARTS, CHANNELS)
-    spread_ptr,  # (CHANNELS,)
+    mean_ptr,  # (2, CHANNELS)
+    var_ptr,  # (CHANNELS,)
     means_ptr,  # (2, CHANNELS)
     grad_weight_ptr,  # (CHANNELS,)
     grad_bias_ptr,  # (CHANNELS,)
@@ -333,7 +346,7 @@ def sums_finish_kernel(
     PIXELS,
     PARTS,
     EPS: tl.constexpr,
-    IS_VAR: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -349,8 +362,10 @@ def sums_finish_kernel(
     total = tl.sum(tl.load(partial_ptr + offs, mask=mask, other=0.0), axis=0)
     plane = PARTS.to(tl.int64) * CHANNELS
     products = tl.sum(tl.load(partial_ptr + plane + offs, mask=mask, other=0.0), axis=0)
-    spread = tl.load(spread_ptr + channels, mask=mask_c, other=1.0).to(ACC)
-    inverse = inverse_deviation(spread, EPS, IS_VAR)
+    if GIVEN:
+        inverse = 1.0 / tl.sqrt(tl.load(var_ptr + channels, mask=mask_c, other=1.0).to(ACC) + EPS)
+    else:
+        inverse = tl.load(mean_ptr + CHANNELS + channels, mask=mask_c, other=0.0)
     count = (N.to(tl.int64) * PIXELS).to(ACC)
     tl.store(means_ptr + channels, total / count, mask=mask_c)
     tl.store(means_ptr + CHANNELS + channels, products * inverse * inverse / count, mask=mask_c)
@@ -367,8 +382,8 @@ def gradient_kernel(
     y_ptr,  # (N, CHANNELS, PIXELS)
     grad_x_ptr,  # as y
     grad_residual_ptr,  # as y
-    mean_ptr,  # (CHANNELS,)
-    spread_ptr,  # (CHANNELS,)
+    mean_ptr,  # (2, CHANNELS)
+    var_ptr,  # (CHANNELS,)
     weight_ptr,  # (CHANNELS,)
     bias_ptr,  # (CHANNELS,)
     means_ptr,  # (2, CHANNELS)
@@ -383,7 +398,7 @@ def gradient_kernel(
     stride_gn,
     stride_gr,
     EPS: tl.constexpr,
-    IS_VAR: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_Y: tl.constexpr,
@@ -397,22 +412,21 @@ def gradient_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """grad_x = (g - means[0] - (x - mean) means[1]) scale for the gradient g that comes through ReLU, which is
-    grad_residual; with IS_VAR mean and variance are given, and grad_x = g scale."""
+    grad_residual; with GIVEN ones grad_x = g scale."""
     pid_c, unit, first = backwards(CHANNELS, N, PIXELS, PARTS, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
     if unit < first:
         return
     channels = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = load_along(mean_ptr, channels, CHANNELS, LAST, VEC, ACC)
-    scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
-        spread_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, IS_VAR, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
+    mean, scale, shift = affine(  # pyright: ignore[reportGeneralTypeIssues]
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, CHANNELS, EPS, GIVEN, HAS_WEIGHT, HAS_BIAS, LAST, VEC, ACC
     )
-    if TO_X and not IS_VAR:
-        mean_grad = load_along(means_ptr, channels, CHANNELS, LAST, VEC, ACC)
-        mean_product = load_along(means_ptr + CHANNELS, channels, CHANNELS, LAST, VEC, ACC)
+    if TO_X and not GIVEN:
+        mean_grad = along(load_vector(means_ptr, channels, CHANNELS, LAST, VEC, ACC), LAST)
+        mean_product = along(load_vector(means_ptr, channels, CHANNELS, LAST, VEC, ACC, SECOND=True), LAST)
     n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
     grad = tl.load(grad_ptr + offsets(n, rows, lanes, stride_gn, stride_gr, VEC), mask=mask, other=0.0).to(ACC)
     offs = offsets(n, rows, lanes, stride_yn, stride_yr, VEC)
-    if (TO_X and not IS_VAR) or (RELU and not HAS_Y):
+    if (TO_X and not GIVEN) or (RELU and not HAS_Y):
         x = tl.load(x_ptr + offsets(n, rows, lanes, stride_xn, stride_xr, VEC), mask=mask, other=0.0).to(ACC)
     if RELU:
         if HAS_Y:
@@ -423,5 +437,5 @@ def gradient_kernel(
     if TO_RESIDUAL:
         tl.store(grad_residual_ptr + offs, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
     if TO_X:
-        grad_x = grad * scale if IS_VAR else (grad - mean_grad - (x - mean) * mean_product) * scale
+        grad_x = grad * scale if GIVEN else (grad - mean_grad - (x - mean) * mean_product) * scale
         tl.store(grad_x_ptr + offs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

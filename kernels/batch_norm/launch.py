@@ -62,30 +62,30 @@ class Walk(NamedTuple):
         return Plan(kernel, grid, (*self.sizes, self.parts, *self.strides), self.constants)
 
 
-def _layouts(*layouts: Layout) -> tuple[Layout, ...] | None:
-    """As they can be walked, or None."""
+class Forward(NamedTuple):
+    """The launches of a forward pass."""
+
+    moments: Plan
+    finish: Plan
+    normalise: Plan
+
+
+class Backward(NamedTuple):
+    """The launches of a backward pass."""
+
+    sums: Plan
+    finish: Plan
+    gradient: Plan
+
+
+def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device: Device) -> Walk | None:
+    """`tensors`: of those that are summed. None where no walk has one stride for a tensor's pixels."""
     merged = tuple(map(_as_one_image, layouts))
-    for each in (merged, layouts):
-        if channels_are_lanes(*each) is not None:
-            return each
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _is_walked(*layouts: Layout) -> bool:
-    return _layouts(*layouts) is not None
-
-
-def is_walked(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can read tensors of one shape together, as they lie."""
-    return _is_walked(*map(layout_of, tensors))
-
-
-def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device: Device) -> Walk:
-    """`tensors`: of those that are summed."""
-    found = _layouts(*layouts)
-    assert found, "callers ask is_walked"
-    config, last = choose_config(tensors), bool(channels_are_lanes(*found))
+    found = merged if channels_are_lanes(*merged) is not None else layouts
+    last = channels_are_lanes(*found)
+    if last is None:
+        return None
+    config = choose_config(tensors)
     constants = tile_constants(found, last, config.tile, dtype) | {"num_warps": config.num_warps}
     batch, channels, pixels = found[0].shape[0], found[0].shape[1], math.prod(found[0].shape[2:])
     tiles = triton.cdiv(channels, constants["BLOCK_C"])
@@ -98,20 +98,31 @@ def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device:
 
 
 @lru_cache(maxsize=4096)
-def moments_plans(x: Layout, dtype: torch.dtype, device: Device) -> tuple[Plan, Plan]:
-    walk = _walk((x,), 1, dtype, device)
-    return walk.summing(moments_kernel), walk.finishing(moments_finish_kernel, "ACC", "BLOCK_P")
+def forward_plans(x: Layout, y: Layout, dtype: torch.dtype, device: Device) -> Forward | None:
+    walk = _walk((x, y), 1, dtype, device)
+    return walk and Forward(
+        walk._replace(strides=walk.strides[:2]).summing(moments_kernel),
+        walk.finishing(moments_finish_kernel, "ACC", "BLOCK_P"),
+        walk.writing(normalise_kernel),
+    )
 
 
 @lru_cache(maxsize=4096)
-def normalise_plan(x: Layout, y: Layout, dtype: torch.dtype, device: Device) -> Plan:
-    return _walk((x, y), 1, dtype, device).writing(normalise_kernel)
-
-
-@lru_cache(maxsize=4096)
-def gradient_plans(x: Layout, y: Layout, grad: Layout, dtype: torch.dtype, device: Device) -> tuple[Plan, Plan, Plan]:
+def backward_plans(x: Layout, y: Layout, grad: Layout, dtype: torch.dtype, device: Device) -> Backward | None:
     walk = _walk((x, y, grad), 2, dtype, device)
-    return walk.summing(sums_kernel), walk.finishing(sums_finish_kernel, "ACC"), walk.writing(gradient_kernel)
+    return walk and Backward(
+        walk.summing(sums_kernel), walk.finishing(sums_finish_kernel, "ACC"), walk.writing(gradient_kernel)
+    )
+
+
+def plan_forward(x: torch.Tensor, y: torch.Tensor) -> Forward | None:
+    """For tensors (N, C, *size), not empty; None where the kernels can't walk them together as they lie."""
+    return forward_plans(layout_of(x), layout_of(y), x.dtype, device_of(x))
+
+
+def plan_backward(x: torch.Tensor, y: torch.Tensor, grad: torch.Tensor) -> Backward | None:
+    """The same."""
+    return backward_plans(layout_of(x), layout_of(y), layout_of(grad), x.dtype, device_of(x))
 
 
 def _partial(values: int, plan: Plan, like: torch.Tensor) -> torch.Tensor:
@@ -120,57 +131,48 @@ def _partial(values: int, plan: Plan, like: torch.Tensor) -> torch.Tensor:
     return torch.empty((values, plan.grid[1], plan.sizes[1]), dtype=dtype, device=like.device)
 
 
-def moments(
+def forward(
+    plans: Forward,
     x: torch.Tensor,
-    statistics: torch.Tensor,
+    y: torch.Tensor,
+    statistics: torch.Tensor | None,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
-    momentum: float,
-    eps: float,
-) -> None:
-    """Write mean and 1 / sqrt(var + eps) over all axes of x but the channels' into the statistics, (2, C), and go on
-    with the running ones, (C,): running + momentum (batch's - running), the variance with one degree of freedom less.
-
-    Shape: x (N, C, *size), not empty, such that `is_walked`.
-    """
-    first, finish = moments_plans(layout_of(x), x.dtype, device_of(x))
-    partial = _partial(3, first, x)
-    with device_guard(x):
-        first.launch(x, partial)
-        tensors = partial, statistics, running_mean, running_var
-        finish.launch(*tensors, more=(momentum,), EPS=eps, HAS_RUNNING=running_mean is not None)
-
-
-def normalise(
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    spread: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    y: torch.Tensor,
+    momentum: float,
     eps: float,
     *,
-    is_var: bool,
     relu: bool,
 ) -> None:
     """y = relu((x - mean) / sqrt(var + eps) weight + bias + residual), each part behind the quotient optional.
 
-    Shapes: x, y and residual (N, C, *size), not empty, the latter two of the same strides, such that x and y
-    `is_walked`; all others (C,). `spread` is the variance with `is_var`, else 1 / sqrt(var + eps).
+    With `statistics` mean and var are x's own, over all axes but the channels': mean and 1 / sqrt(var + eps) are
+    written there, and the running ones become running + momentum (batch's - running), the variance with one degree of
+    freedom less. Else mean and var are the running ones.
+
+    Shapes: as `plan_forward` was given; residual as y, with its strides; statistics (2, C), all others (C,).
     """
-    plan = normalise_plan(layout_of(x), layout_of(y), x.dtype, device_of(x))
+    moments, finish, normalise = plans
+    mean, var = running_mean, running_var
     with device_guard(x):
-        plan.launch(
+        if statistics is not None:
+            partial = _partial(3, moments, x)
+            moments.launch(x, partial)
+            tensors = partial, statistics, running_mean, running_var
+            finish.launch(*tensors, more=(momentum,), EPS=eps, HAS_RUNNING=running_mean is not None)
+            mean, var = statistics, None
+        normalise.launch(
             x,
             residual,
             y,
             mean,
-            spread,
+            var,
             weight,
             bias,
             EPS=eps,
-            IS_VAR=is_var,
+            GIVEN=statistics is None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -178,11 +180,12 @@ def normalise(
         )
 
 
-def gradients(
+def backward(
+    plans: Backward,
     grad: torch.Tensor,
     x: torch.Tensor,
     mean: torch.Tensor,
-    spread: torch.Tensor,
+    var: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     y: torch.Tensor | None,
@@ -192,33 +195,30 @@ def gradients(
     grad_residual: torch.Tensor | None,
     eps: float,
     *,
-    is_var: bool,
     relu: bool,
 ) -> None:
-    """Write those gradients of `normalise` that are given. With `is_var` mean and variance are constants, else x's own.
+    """Write those gradients of `forward` that are given.
 
-    Shapes: as there; grad as x; y is needed for a residual behind which ReLU comes. y, grad_x and grad_residual have
-    the same strides, and x, grad and these `is_walked`. One of them, or y, is not None.
+    Shapes: as `plan_backward` was given; grad_x and grad_residual as y, with its strides; `mean` is `forward`'s
+    statistics, or where `var` is given, and both are constants, (C,). y is needed for ReLU behind a residual.
     """
-    dense = layout_of(next(tensor for tensor in (grad_x, grad_residual, y, x) if tensor is not None))
-    layout, device = layout_of(x), device_of(x)
-    sums, finish, last = gradient_plans(layout, dense, layout_of(grad), x.dtype, device)
-    vectors = mean, spread, weight, bias
-    flags = {"EPS": eps, "IS_VAR": is_var, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
+    sums, finish, gradient = plans
+    vectors, to_residual = (mean, var, weight, bias), grad_residual is not None
+    flags = {"EPS": eps, "GIVEN": var is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     means = None
     with device_guard(x):
-        if grad_weight is not None or grad_bias is not None or (grad_x is not None and not is_var):
+        if grad_weight is not None or grad_bias is not None or (grad_x is not None and var is None):
             partial = _partial(2, sums, x)
             means = torch.empty((2, x.shape[1]), dtype=partial.dtype, device=x.device)
-            to_residual = grad_residual is not None
-            behind = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": to_residual}
-            sums.launch(grad, x, y, grad_residual, partial, *vectors, **flags, **behind)
+            present = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": to_residual}
+            sums.launch(grad, x, y, grad_residual, partial, *vectors, **flags, **present)
             wanted = {"HAS_WEIGHT": grad_weight is not None, "HAS_BIAS": grad_bias is not None}
-            finish.launch(partial, spread, means, grad_weight, grad_bias, **flags | wanted)
-            if to_residual:  # from here on that is the gradient
-                grad, y, relu, grad_residual = grad_residual, None, False, None
-                *_, last = gradient_plans(layout, dense, dense, x.dtype, device)
-        if grad_x is not None or grad_residual is not None:
-            behind = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": grad_residual is not None}
-            tensors = grad, x, y, grad_x, grad_residual, *vectors, means
-            last.launch(*tensors, **flags, **behind, TO_X=grad_x is not None)
+            finish.launch(partial, mean, var, means, grad_weight, grad_bias, **flags | wanted)
+            if grad_residual is not None and grad_x is not None:  # from here on the former is the gradient
+                after = plan_backward(x, grad_x, grad_residual)
+                assert after, "these strides are among those that `plans` walks"
+                grad, gradient = grad_residual, after.gradient
+                y, relu, to_residual = None, False, False
+        if grad_x is not None or (to_residual and means is None):
+            present = {"HAS_Y": y is not None, "RELU": relu, "TO_RESIDUAL": to_residual, "TO_X": grad_x is not None}
+            gradient.launch(grad, x, y, grad_x, grad_residual, *vectors, means, **flags, **present)

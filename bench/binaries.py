@@ -103,7 +103,7 @@ def _compile(quick: bool, key: CaseKey) -> list[Row] | str:
     (case,) = (each for each in cases(quick) if key_of(each) == key)
     rows: list[Row] = []
     try:
-        for each in filter(None, (case, case.check)):
+        for each in (case, *case.checks):
             for layout in layouts(each):
                 loaded: list[dict[str, Path]] = []
                 arguments = untouched(each, layout)

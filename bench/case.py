@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..fused_ops.registration import full_precision
 from .timing import Timing
 
 Output = Tensor | tuple[Tensor, ...]
@@ -42,7 +43,9 @@ class Case:
     rivals: Mapping[str, Call] = field(default_factory=dict)  # other ways to compute the same, by name
     compiled: Call | None = None  # `theirs` through torch.compile, where that makes anything of it
     replayed: bool | None = None  # as a CUDA graph; None: where the floor is so low that launching would hide the work
-    check: Case | None = None  # the same on less data, compared with fp64 in its stead where fp64 would not fit
+    checks: tuple[Case, ...] = ()  # compared with fp64 in its stead, where fp64 would not fit or would tell little
+    full_precision: bool = False  # fp32 is multiplied in full, whatever torch's switches say
+    slack: float = 0.0  # what the error may be more than the rule of `gate` allows
 
     def inputs(self, device: str) -> list[Tensor]:
         """Standard normal, the same on every call; zeros would run faster than real data on a GPU."""
@@ -158,14 +161,17 @@ def gate(case: Case, device: str, compiled: bool = False) -> dict[Variant, float
     """Errors of all variants against fp64, as `error_of`.
 
     Every variant of ours must have error <= 2 x torch's own in the same dtype + eps (`error_of`'s unit, that is
-    eps sqrt(reduction) in the numbers themselves). Raises GateError otherwise.
+    eps sqrt(reduction) in the numbers themselves) + the case's slack. Raises GateError otherwise.
     """
+    if case.full_precision:
+        with full_precision():
+            return gate(replace(case, full_precision=False), device, compiled)
     with first_algorithm():
         oracle = case.theirs(*(t.double() for t in case.inputs(device)))
     errors = {
         variant: error_of(call(), oracle, case.reduction) for variant, call in variants(case, device, compiled).items()
     }
-    limit = 2 * errors[BASELINE] + epsilon(case.dtype, device)
+    limit = 2 * errors[BASELINE] + epsilon(case.dtype, device) + case.slack
     for variant, error in errors.items():
         if variant.name == OURS and not error <= limit < math.inf:
             raise GateError(f"{variant.layout}: error {error:.2e} against fp64, allowed {limit:.2e}")
@@ -173,10 +179,13 @@ def gate(case: Case, device: str, compiled: bool = False) -> dict[Variant, float
 
 
 def run_case(case: Case, device: str, measure: Measure | None = None, compiled: bool = False) -> Result:
-    """Check the case and then, only if it is right, time it with `measure`. Raises GateError if it is wrong."""
-    if case.check is None:
-        errors = gate(case, device, compiled)
-    else:
+    """Check the case and then, only if it is right, time it with `measure`. Raises GateError if it is wrong.
+
+    The errors are those of the first check.
+    """
+    if case.checks:
         with first_algorithm():  # a search among cuDNN's for these sizes would be of no use
-            errors = gate(case.check, device, compiled)
+            errors, *_ = [gate(check, device, compiled) for check in case.checks]
+    else:
+        errors = gate(case, device, compiled)
     return Result(errors, measure(variants(case, device, compiled)) if measure else {})

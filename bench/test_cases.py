@@ -41,5 +41,6 @@ def test_case(benchmark, case: Case, variant: Variant):
     calls = variants(case, "cuda", compiled=False)
     if variant not in calls:
         pytest.skip(f"no {variant.layout} for tensors of these dimensions")
-    gate(case.check or case, "cuda")
+    for each in case.checks or (case,):
+        gate(each, "cuda")
     benchmark(calls[variant])

@@ -42,7 +42,7 @@ CONV = [
 ]
 TINY_CONV = [ConvConfig(16, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1), ConvConfig(16, 32, 32, 4, 1)]
 # Elements of a tile, warps, programs of a multiprocessor.
-BATCH_NORM = [BatchNormConfig(*each) for each in product((2048, 4096, 8192), (1, 2, 4), (4, 8), (2, 3, 4, 6))]
+BATCH_NORM = [BatchNormConfig(*each) for each in product((2048, 4096, 8192), (4, 8), (2, 3, 4, 6))]
 
 
 def _rnn(hidden: int) -> list[RnnConfig]:

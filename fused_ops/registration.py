@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -130,6 +131,18 @@ def mutating(library: torch.library.Library, name: str, implementation: Callable
 def uses_tf32(x: Tensor, switch: str) -> bool:
     """Whether torch's own op would round fp32 operands to TF32 here; `switch` is its part of torch.backends.cudnn."""
     return x.dtype == torch.float32 and x.is_cuda and getattr(torch.backends.cudnn, switch).fp32_precision == "tf32"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, fp32 is multiplied in full on a GPU: torch rounds to TF32 in large layers only, which is no measure."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 @lru_cache(maxsize=4096)

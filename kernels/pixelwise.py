@@ -13,7 +13,9 @@ import triton.language as tl
 
 from .runtime import Layout, block_of, power_of_two_divisor
 
-LANES = {True: 64, False: 1024}  # of them side by side in memory, at most: channels, or else pixels
+# Lanes lie side by side in memory: channels, or else pixels. So many are in a tile at most.
+CHANNELS = 64
+PIXELS = 1024
 
 
 @triton.jit
@@ -64,14 +66,17 @@ def channels_are_lanes(*layouts: Layout) -> bool | None:
     return None
 
 
-def tile_constants(layouts: Sequence[Layout], last: bool, tile: int, dtype: torch.dtype) -> dict[str, Any]:
-    channels, pixels = layouts[0].shape[1], math.prod(layouts[0].shape[2:])
-    lanes, rows = (channels, pixels) if last else (pixels, channels)
+def tile_constants(
+    layouts: Sequence[Layout], last: bool, tile: int, dtype: torch.dtype, pixels: int = PIXELS
+) -> dict[str, Any]:
+    """Compile-time arguments for tiles of so many elements, with so many pixels in a row where those are the lanes."""
+    sizes = layouts[0].shape[1], math.prod(layouts[0].shape[2:])
+    lanes, rows = sizes if last else reversed(sizes)
     strides = [stride for layout in layouts for stride in strides_of(layout, last) or ()]
     vector = power_of_two_divisor(lanes, *strides)
     # Elements that are read one by one have an address each, in registers.
     elements = tile if vector >= 4 else tile // 4
-    lanes_block = block_of(lanes, 1, min(LANES[last], elements))
+    lanes_block = block_of(lanes, 1, min(CHANNELS if last else pixels, elements))
     rows_block = block_of(rows, 1, elements // lanes_block)
     return {
         "LAST": last,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import fused_ops
 from ..fused_ops import dispatch
+from ..fused_ops.registration import full_precision
 from ..kernels.runtime import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -218,18 +219,6 @@ def check(example: Example, dtype: torch.dtype, device: torch.device) -> Check:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Within, fp32 is multiplied in full on a GPU: ATen rounds to TF32 in large layers only, and is no measure then."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    try:
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-        yield
-    finally:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
-
-
-@contextmanager
 def _kernels_for_little_data() -> Iterator[None]:
     """Within, gradients are the kernels' however little data there is: on a GPU these calls' would be torch's."""
     before = dispatch.SHORT
@@ -243,7 +232,7 @@ def _kernels_for_little_data() -> Iterator[None]:
 def run_checks() -> list[Check]:
     """Check every op in every dtype of DTYPES, fp32 in full, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _full_precision(), _kernels_for_little_data():
+    with full_precision(), _kernels_for_little_data():
         return [check(example, dtype, device) for example in EXAMPLES for dtype in DTYPES]
 
 

@@ -90,14 +90,16 @@ def test_right_numbers_are_timed():
 
 def test_a_case_can_be_checked_on_less_data(monkeypatch):
     """What is timed is the large one."""
-    large = dataclasses.replace(forward_case(), check=bench_conv.case(LAYER, "forward", torch.float32), theirs=None)
+    check = bench_conv.case(LAYER, "forward", torch.float32)
+    large = dataclasses.replace(forward_case(), checks=(check,), theirs=None)
     with pytest.raises(TypeError):
-        run_case(dataclasses.replace(large, check=None), "cpu")
+        run_case(dataclasses.replace(large, checks=()), "cpu")
     assert run_case(large, "cpu").errors[BASELINE] < 1e-5
     monkeypatch.setattr(fused_ops, "conv2d", lambda *a, activation, **k: 1.001 * F.conv2d(*a, **k).relu())
-    wrong = dataclasses.replace(large, check=bench_conv.case(LAYER, "forward", torch.float32))
-    with pytest.raises(GateError):
-        run_case(wrong, "cpu")
+    wrong = bench_conv.case(LAYER, "forward", torch.float32)
+    for checks in ((wrong,), (check, wrong)):
+        with pytest.raises(GateError):
+            run_case(dataclasses.replace(large, checks=checks), "cpu")
 
 
 def test_relu_follows_dense_convolutions_only():

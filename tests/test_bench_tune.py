@@ -116,7 +116,7 @@ def test_batch_normalisation():
     assert asked
     few, every = (candidates(case, asked, tiny) for tiny in (True, False))
     assert set(few) < set(every) and len(set(every)) == len(every)
-    for name in ("tile", "fold", "num_warps", "programs"):
+    for name in ("tile", "num_warps", "programs"):
         assert {getattr(config, name) for config in few} == {getattr(config, name) for config in every}
     rows = tune.tune(case, "cpu", "channels_last", None)
     assert len(rows) == 1 + len(few) and {row.verdict for row in rows} == {"right"}

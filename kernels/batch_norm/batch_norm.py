@@ -105,13 +105,18 @@ def affine(
 @triton.jit
 def zeros(LAST: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """What `folded` tiles are added to."""
-    return tl.zeros((BLOCK_P // FOLD, BLOCK_C) if LAST else (BLOCK_C, BLOCK_P), dtype=ACC)
+    return tl.zeros((BLOCK_P // FOLD, BLOCK_C) if LAST else (BLOCK_C, BLOCK_P // FOLD), dtype=ACC)
 
 
 @triton.jit
 def folded(tile, LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """The sum over FOLD parts of the pixels, which are a thread's own: it has one register for all of them."""
-    return tl.sum(tl.reshape(tile, (FOLD, BLOCK_P // FOLD, BLOCK_C)), axis=0) if LAST and FOLD > 1 else tile
+    if FOLD > 1:
+        if LAST:
+            tile = tl.sum(tl.reshape(tile, (FOLD, BLOCK_P // FOLD, BLOCK_C)), axis=0)
+        else:
+            tile = tl.sum(tl.reshape(tile, (BLOCK_C, FOLD, BLOCK_P // FOLD)), axis=1)
+    return tile
 
 
 @triton.jit
@@ -191,8 +196,8 @@ def moments_finish_kernel(
     mask_c = channels < CHANNELS
     parts = tl.arange(0, BLOCK_S)
     mask = (parts < PARTS)[:, None] & mask_c[None, :]
-    offs = parts[:, None].to(tl.int64) * CHANNELS + channels[None, :]
-    plane = PARTS.to(tl.int64) * CHANNELS
+    offs = parts[:, None] * CHANNELS + channels[None, :]
+    plane = PARTS * CHANNELS
     pivots = tl.load(partial_ptr + offs, mask=mask, other=0.0)
     rest = tl.load(partial_ptr + plane + offs, mask=mask, other=0.0)
     squares = tl.load(partial_ptr + 2 * plane + offs, mask=mask, other=0.0)
@@ -358,9 +363,9 @@ def sums_finish_kernel(
     mask_c = channels < CHANNELS
     parts = tl.arange(0, BLOCK_S)
     mask = (parts < PARTS)[:, None] & mask_c[None, :]
-    offs = parts[:, None].to(tl.int64) * CHANNELS + channels[None, :]
+    offs = parts[:, None] * CHANNELS + channels[None, :]
     total = tl.sum(tl.load(partial_ptr + offs, mask=mask, other=0.0), axis=0)
-    plane = PARTS.to(tl.int64) * CHANNELS
+    plane = PARTS * CHANNELS
     products = tl.sum(tl.load(partial_ptr + plane + offs, mask=mask, other=0.0), axis=0)
     if GIVEN:
         inverse = 1.0 / tl.sqrt(tl.load(var_ptr + channels, mask=mask_c, other=1.0).to(ACC) + EPS)

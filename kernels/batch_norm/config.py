@@ -7,21 +7,19 @@ MOST_PARTS = 512  # of a channel's sum: the program that adds them up holds them
 
 @dataclass(frozen=True)
 class BatchNormConfig:
-    """Elements of a tile, how many times it is folded before it is added to a sum, warps that run a program, and
-    programs on a multiprocessor."""
+    """Elements of a tile, warps that run a program, and programs on a multiprocessor."""
 
     tile: int
-    fold: int
     num_warps: int
     programs: int
 
 
-# In bf16 a tile is two loads of 16 bytes for each thread, folded into one set of sums: so the registers have room for
-# 4 programs that read one tensor, or 3 that read two (63 and 79 registers: bench/results/cross_compile_*.csv). Those
-# have 32 and 48 KiB on their way to a multiprocessor, and an H200's memory is busy with 29 (4.8 TB/s times some 0.8 us,
-# over 132). Reckoned, not measured.
-MOMENTS = BatchNormConfig(tile=4096, fold=2, num_warps=8, programs=4)
-GRADIENTS = BatchNormConfig(tile=4096, fold=2, num_warps=8, programs=3)
+# In bf16 a tile is two loads of 16 bytes for each thread, in fp32 four, added up in one set of sums: so the registers
+# have room for 4 programs that read one tensor, or 3 that read two (64 and 80: bench/results/cross_compile_*.csv).
+# These have at least 32 and 48 KiB on their way to a multiprocessor, and an H200's memory is busy with 29 (4.8 TB/s
+# times some 0.8 us, over 132). Reckoned, not measured.
+MOMENTS = BatchNormConfig(tile=4096, num_warps=8, programs=4)
+GRADIENTS = BatchNormConfig(tile=4096, num_warps=8, programs=3)
 
 
 def choose_config(tensors: int) -> BatchNormConfig:

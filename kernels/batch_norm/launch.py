@@ -21,7 +21,7 @@ from .batch_norm import (
 )
 from .config import MOST_PARTS, BatchNormConfig, choose_config
 
-FINISH_TILE = 4096  # elements
+FINISH_TILE = 1024  # elements
 
 
 def _as_one_image(layout: Layout) -> Layout:
@@ -40,19 +40,22 @@ class Walk(NamedTuple):
     tiles: int  # blocks of channels
     parts: int  # that the blocks of pixels are divided into
     share: int  # of a part, in blocks
+    loads: int  # of 16 bytes, by which a thread reads its part of a full tile
 
     def summing(self, kernel: Any) -> Plan:
         """A program for each part."""
-        full = self.constants["BLOCK_C"] * self.constants["BLOCK_P"] == self.config.tile
-        constants = self.constants | {"FOLD": self.config.fold if full else 1}
+        c, p, last = (self.constants[name] for name in ("BLOCK_C", "BLOCK_P", "LAST"))
+        # In a smaller tile, or one of several rows of pixels, what would be folded is not one thread's.
+        folds = c * p == self.config.tile and (last or c == 1)
+        constants = self.constants | {"FOLD": self.loads if folds else 1}
         return Plan(kernel, (self.tiles, self.parts), self.sizes + self.strides, constants)
 
     def finishing(self, kernel: Any, *constants: str) -> Plan:
         """A program for some channels, which adds the parts up."""
         channels = self.sizes[1]
         held = block_of(self.parts, 1, MOST_PARTS)
-        block = block_of(channels, 1, max(1, FINISH_TILE // held // 2))
-        own = {"BLOCK_S": held, "BLOCK": block, "num_warps": self.config.num_warps}
+        block = block_of(channels, 1, max(1, FINISH_TILE // held))
+        own = {"BLOCK_S": held, "BLOCK": block, "num_warps": 4}
         shared = {name: self.constants[name] for name in constants}
         return Plan(kernel, (triton.cdiv(channels, block),), (*self.sizes, self.parts), shared | own)
 
@@ -86,7 +89,7 @@ def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device:
     if last is None:
         return None
     config = choose_config(tensors)
-    constants = tile_constants(found, last, config.tile, dtype) | {"num_warps": config.num_warps}
+    constants = tile_constants(found, last, config.tile, dtype, config.tile) | {"num_warps": config.num_warps}
     batch, channels, pixels = found[0].shape[0], found[0].shape[1], math.prod(found[0].shape[2:])
     tiles = triton.cdiv(channels, constants["BLOCK_C"])
     units = batch * triton.cdiv(pixels, constants["BLOCK_P"])
@@ -94,7 +97,8 @@ def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device:
     share = triton.cdiv(units, parts)
     parts = triton.cdiv(units, share)  # none without a block
     strides = tuple(stride for layout in found for stride in strides_of(layout, last) or ())
-    return Walk(config, (batch, channels, pixels), strides, constants, tiles, parts, share)
+    loads = max(config.tile * dtype.itemsize // (16 * 32 * config.num_warps), 1)
+    return Walk(config, (batch, channels, pixels), strides, constants, tiles, parts, share, loads)
 
 
 @lru_cache(maxsize=4096)

@@ -93,7 +93,7 @@ class Plan:
     grid: tuple[int, ...]
     sizes: tuple[int, ...]  # run-time arguments behind the pointers
     constants: dict[str, Any]
-    found: dict[tuple[Any, ...], tuple[Any, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=dict, repr=False)
+    found: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def launch(self, *pointers: torch.Tensor | None, more: tuple[float, ...] = (), **flags: Any) -> None:
         """Launch on the first pointer's device, which is the current one.
@@ -105,28 +105,29 @@ class Plan:
         first: Any = pointers[0]
         device = first.get_device()
         addresses: list[int | None] = []
-        parts: list[Any] = [device, *flags.values()]
+        key: list[Any] = [device, *flags.values()]
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
-                parts.append(None)
+                key.append(None)
             else:
                 addresses.append(address := pointer.data_ptr())
-                parts += (pointer.dtype, address % 16 == 0)
-        key = tuple(parts)
-        if found := self.found.get(key):
-            compiled, grid, constants = found
+                key += pointer.dtype, address % 16 == 0
+        if found := self.found.get(tuple(key)):
+            compiled, run, loaded, grid, constants = found
             # Without a GPU a test's driver stands for one, and looks at tensors.
-            arguments = (*(addresses if device >= 0 else pointers), *self.sizes, *more, *constants)
+            given = addresses if device >= 0 else pointers
             if _is_watched():
-                compiled[grid](*arguments)
+                compiled[grid](*given, *self.sizes, *more, *constants)
                 return
             active: Any = driver.active
             stream = active.get_current_stream(device)
-            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            run(*grid, stream, *loaded, None, None, None, *given, *self.sizes, *more, *constants)
             return
         compiled = self.kernel[self.grid](*pointers, *self.sizes, *more, **flags, **self.constants)
         if compiled is not None:  # the interpreter compiles nothing
-            given = flags | self.constants
+            known = flags | self.constants
             behind = self.kernel.arg_names[len(pointers) + len(self.sizes) + len(more) :]
-            self.found[key] = compiled, (*self.grid, 1, 1)[:3], tuple(given[name] for name in behind)
+            constants = tuple(known[name] for name in behind)
+            loaded = compiled.function, compiled.packed_metadata
+            self.found[tuple(key)] = compiled, compiled.run, loaded, (*self.grid, 1, 1)[:3], constants

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import Plan, block_of, device_guard
+from ..runtime import Layout, Plan, block_of, device_guard, layout_of
 
 LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
 TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer
@@ -48,9 +48,28 @@ def transpose_kernel(
     tl.store(y_ptr + offs_y[:, None] + offs_r[None, :], tl.trans(x), mask=mask_c[:, None] & mask_r[None, :])
 
 
-@lru_cache(maxsize=1024)
-def _plan(shape: tuple[int, int, int], x_strides: tuple[int, int], y_strides: tuple[int, int]) -> Plan:
-    batch, rows, columns = shape
+def _are_dense(size: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether axes of this size lie in memory as those of a contiguous tensor."""
+    behind = 1
+    for length, stride in zip(reversed(size), reversed(strides), strict=True):
+        if length > 1 and stride != behind:
+            return False
+        behind *= length
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _plan(x: Layout, y: Layout, into_last: bool) -> Plan | None:
+    """Launch of y = x, from channels-first images into channels-last ones or else the other way; None where the images
+    lie in memory in neither."""
+    first, last = (x, y) if into_last else (y, x)
+    (batch, channels, *size), (batch_stride, channel_stride, *steps) = last
+    if not _are_dense(x.shape[2:], first.strides[2:]) or not _are_dense((*size, channels), (*steps, channel_stride)):
+        return None
+    rows, x_strides = channels, first.strides[:2]
+    columns, y_strides = math.prod(size), (batch_stride, channels)
+    if not into_last:
+        (rows, x_strides), (columns, y_strides) = (columns, y_strides), (rows, x_strides)
     block_c = block_of(columns, 16, LONGEST)
     block_r = block_of(rows, 16, TILE // block_c)
     block_c = block_of(columns, 16, TILE // block_r)
@@ -65,39 +84,39 @@ def _plan(shape: tuple[int, int, int], x_strides: tuple[int, int], y_strides: tu
     return Plan(transpose_kernel, grid, (rows, columns, *x_strides, *y_strides), constants)
 
 
-def _transpose(x: torch.Tensor, y: torch.Tensor) -> None:
-    """y[n, c, r] = x[n, r, c]; of both the last axis is contiguous."""
-    plan = _plan(x.shape, x.stride()[:2], y.stride()[:2])
+def _copy(x: torch.Tensor, y: torch.Tensor, into_last: bool) -> None:
+    plan = _plan(layout_of(x), layout_of(y), into_last)
+    if plan is None:
+        y.copy_(x)
+        return
     with device_guard(x):
         plan.launch(x, y)
 
 
+@lru_cache(maxsize=4096)
+def _innermost(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides with which channels are innermost."""
+    channels, *size = shape[1:]
+    return (channels * math.prod(size), 1, *(channels * math.prod(size[axis:]) for axis in range(1, len(size) + 1)))
+
+
 def empty_channels_last(like: torch.Tensor) -> torch.Tensor:
     """New memory for such a tensor (N, C, *spatial), channels innermost."""
-    batch, channels, *size = like.shape
-    return torch.empty((batch, *size, channels), dtype=like.dtype, device=like.device).movedim(-1, 1)
+    return like.new_empty_strided(like.shape, _innermost(like.shape))
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     """x (N, C, *spatial) in new memory with the channels innermost."""
     y = empty_channels_last(x)
-    if not x[0, 0].is_contiguous():
-        return y.copy_(x)
     copy_to_channels_last(x, y)
     return y
 
 
 def copy_to_channels_last(x: torch.Tensor, y: torch.Tensor) -> None:
-    """Write x, whose images' channels are contiguous, into y of the same shape with the channels innermost."""
-    if not y[0].movedim(0, -1).is_contiguous():
-        y.copy_(x)
-        return
-    _transpose(x.flatten(2), y.movedim(1, -1).flatten(1, -2))
+    """Write x into y of the same shape, by a kernel where the channels of x are contiguous and those of y innermost."""
+    _copy(x, y, True)
 
 
 def from_channels_last(x: torch.Tensor, y: torch.Tensor) -> None:
     """Write x, as `empty_channels_last` makes it, into y of the same shape and any strides."""
-    if not y[0, 0].is_contiguous():
-        y.copy_(x)
-        return
-    _transpose(x.movedim(1, -1).flatten(1, -2), y.flatten(2))
+    _copy(x, y, False)

@@ -30,7 +30,6 @@ def is_at_hand(x: Tensor) -> bool:
     return x.is_cuda
 
 
-@remembered
 def skipped_share(size: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, transposed: int) -> float:
     """Share of X's taps that fall outside of its input, which is x, or with `transposed` X^T's result."""
     met = 1.0
@@ -76,14 +75,18 @@ def is_better(
         return _is_better_in_groups(x, x.shape[1] // geometry.groups, geometry, y_channels is not None)
     if y_channels is not None and (x.shape[1] % 4 or y_channels % 4):
         return True
-    axes = list(zip(geometry.dilation, kernel_size, strict=True))
+    return max(geometry.dilation) == 1 or _is_better_dilated(x.shape, kernel_size, *geometry[:3], int(transposed))
+
+
+@remembered
+def _is_better_dilated(x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, transposed: int) -> bool:
+    axes = list(zip(dilation, kernel_size, strict=True))
     if all(d == 1 or k == 1 for d, k in axes):
         return True
     # What torch.compile traces is the op, which decides when it runs: here sizes would become guards.
-    if max(d * (k - 1) for d, k in axes) > LONGEST_SPAN or x.shape[1] < FEW_CHANNELS or torch.compiler.is_compiling():
+    if max(d * (k - 1) for d, k in axes) > LONGEST_SPAN or x[1] < FEW_CHANNELS or torch.compiler.is_compiling():
         return False
-    sizes = tuple(x.shape[2:]), tuple(kernel_size), *(tuple(axis) for axis in geometry[:3])
-    return skipped_share(*sizes, int(transposed)) <= MOST_SKIPPED
+    return skipped_share(x[2:], kernel_size, stride, padding, dilation, transposed) <= MOST_SKIPPED
 
 
 def is_better_forward(

@@ -47,10 +47,7 @@ class _Call(NamedTuple):
     batched: bool
     channels: int  # of the output
     output_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    geometry: Geometry
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,8 +55,8 @@ class _Call(NamedTuple):
         return (*((self.x.shape[0],) if self.batched else ()), self.channels, *self.output_size)
 
 
-# Whether there is a batch axis, channels of the output, and its size, stride, padding and dilation.
-_Sizes = tuple[bool, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+# Whether there is a batch axis, channels of the output, its size, and how to get there.
+_Sizes = tuple[bool, int, tuple[int, ...], Geometry]
 
 
 def _require(condition: Any) -> None:
@@ -110,7 +107,7 @@ def _bind_conv(
 ) -> _Call:
     _check_tensors(input, weight, bias)
     found = _conv_sizes(axes, input.shape, weight.shape, _shape(bias), stride, padding, dilation, groups)
-    return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
+    return _Call(input if found[0] else input.unsqueeze(0), *found)
 
 
 @remembered
@@ -125,12 +122,13 @@ def _conv_sizes(
     if padding == "same":
         _require(max(strides) == 1)
         # torch puts the odd element of an even kernel's padding behind the input.
-        return batched, weight[0], tuple(size), strides, tuple((span - 1) // 2 for span in spans), dilations
+        same = tuple((span - 1) // 2 for span in spans)
+        return batched, weight[0], tuple(size), Geometry(strides, same, dilations, groups)
     paddings = _per_axis(0 if padding == "valid" else padding, axes, 0)
     room = [i + 2 * p - span for i, p, span in zip(size, paddings, spans, strict=True)]
     _require(min(room) >= 0)
     output_size = tuple(r // s + 1 for r, s in zip(room, strides, strict=True))
-    return batched, weight[0], output_size, strides, paddings, dilations
+    return batched, weight[0], output_size, Geometry(strides, paddings, dilations, groups)
 
 
 def _bind_transposed(
@@ -148,7 +146,7 @@ def _bind_transposed(
     found = _transposed_sizes(
         axes, input.shape, weight.shape, _shape(bias), stride, padding, output_padding, groups, dilation
     )
-    return _Call(input if found[0] else input.unsqueeze(0), *found, groups)
+    return _Call(input if found[0] else input.unsqueeze(0), *found)
 
 
 @remembered
@@ -175,7 +173,7 @@ def _transposed_sizes(
         for i, s, p, d, k, e in zip(size, strides, paddings, dilations, kernel, extras, strict=True)
     )
     _require(min(output_size) >= 1)
-    return batched, channels, output_size, strides, paddings, dilations
+    return batched, channels, output_size, Geometry(strides, paddings, dilations, groups)
 
 
 def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Path]:
@@ -187,7 +185,7 @@ def _plan(bind: Callable[..., _Call], *arguments: Any) -> tuple[_Call | None, Pa
     path = kernel_path(call.x)
     if path.name == ATEN:
         return None, path
-    if ops.kernels_for(arguments[2].shape, call.groups) is depthwise:
+    if ops.kernels_for(arguments[2].shape, call.geometry.groups) is depthwise:
         kernel = "depthwise" if arguments[2].shape[1] == 1 else "small-group"
         path = Path(path.name, f"{kernel} kernel for {path.reason}")
     return call, path
@@ -219,9 +217,9 @@ def _planner(bind: Callable[..., _Call], axes: int) -> Callable[..., Path]:
         if out is not None:
             given.check_shape(out, call.shape)
             out = out if call.batched else out.unsqueeze(0)
-        elif aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], Geometry(*call[4:])):
+        elif aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], call.geometry):
             return LIBRARY
-        note = ops.launch_note(bind is _bind_transposed, x, weight, *call[3:], out=out)
+        note = ops.launch_note(bind is _bind_transposed, x, weight, call.output_size, *call.geometry, out=out)
         return Path(path.name, f"{path.reason}; {note}") if note else path
 
     return plan
@@ -252,8 +250,8 @@ def _run(
         y = _finish_aten(function(*arguments), relu, residual)
         return y if out is None else given.copy_into(out, y, *arguments[:3], residual=residual)
     x, (weight, bias) = call.x, arguments[1:3]
-    device, casting = x.device.type, autocasts(x)
-    dtype, geometry = autocast_dtype(x, device) if casting else x.dtype, Geometry(*call[4:])
+    geometry, device, casting = call.geometry, x.device.type, autocasts(x)
+    dtype = autocast_dtype(x, device) if casting else x.dtype
     plain = residual is None and out is None
     by_library = plain and aten.is_better_forward(bind is _bind_transposed, x, weight.shape[2:], geometry, dtype)
     if by_library and (not relu or is_short(math.prod(call.shape), x, weight, bias)):
@@ -272,9 +270,9 @@ def _run(
         given.check(out, call.shape, x.dtype, x.device)
         # What stands for its negative can't be written as it lies.
         if torch.compiler.is_compiling() or not out.is_neg():
-            into(x, weight, bias, residual, *call[4:], relu, out if call.batched else out.unsqueeze(0))
+            into(x, weight, bias, residual, *geometry, relu, out if call.batched else out.unsqueeze(0))
             return out
-    y = op(x, weight, bias, residual, *call[3:], relu)
+    y = op(x, weight, bias, residual, call.output_size, *geometry, relu)
     y = y if call.batched else y.squeeze(0)
     return y if out is None else out.copy_(y)
 
@@ -479,7 +477,7 @@ def conv_transpose2d_concat(
         weight, bias = autocast(weight, device), autocast(bias, device)
     _check_skip(skip, call.shape, x.dtype)
     skip = skip if call.batched else skip.unsqueeze(0)
-    y = ops.conv_transpose_concat(x, skip, weight, bias, *call[3:], relu)
+    y = ops.conv_transpose_concat(x, skip, weight, bias, call.output_size, *call.geometry, relu)
     return y if call.batched else y.squeeze(0)
 
 

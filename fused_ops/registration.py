@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -23,7 +23,7 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
         base: Any = super(torch.autograd.Function, cls)
-        return base.apply(*unwrap_dead_wrappers(arguments))
+        return base.apply(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
 def _transformed() -> bool:
@@ -32,6 +32,10 @@ def _transformed() -> bool:
     return (
         c._len_torch_dispatch_stack() > 0 or c._are_functorch_transforms_active() or c._get_tracing_state() is not None
     )
+
+
+# What ops are called with besides tensors: to ask any other object whether it is one takes three times as long.
+_NO_TENSORS = frozenset({type(None), bool, int, tuple, list, torch.Size})
 
 
 def _are_plain(arguments: tuple[Any, ...]) -> bool:
@@ -47,7 +51,7 @@ def _are_plain(arguments: tuple[Any, ...]) -> bool:
         if kind is Tensor or kind is Parameter:
             if argument.is_neg() or argument._is_zerotensor():
                 return False
-        elif isinstance(argument, Tensor):
+        elif kind not in _NO_TENSORS and isinstance(argument, Tensor):
             return False
     return True
 
@@ -130,7 +134,10 @@ def mutating(library: torch.library.Library, name: str, implementation: Callable
 
 def uses_tf32(x: Tensor, switch: str) -> bool:
     """Whether torch's own op would round fp32 operands to TF32 here; `switch` is its part of torch.backends.cudnn."""
-    return x.dtype == torch.float32 and x.is_cuda and getattr(torch.backends.cudnn, switch).fp32_precision == "tf32"
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return False
+    # As its `fp32_precision`, whose look-up takes Python longer.
+    return torch._C._get_fp32_precision_getter("cuda", switch) == "tf32"
 
 
 @contextmanager
@@ -161,6 +168,19 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
         if found != torch.contiguous_format:
             return found
     return torch.contiguous_format
+
+
+@lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...], form: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=form).stride()
+
+
+def empty(shape: tuple[int, ...], like: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor in the `memory_format` of these, of `like`'s device and, without `dtype`, of its dtype."""
+    form = memory_format(like, *others)
+    if type(like) is Tensor or type(like) is Parameter:  # else sizes may be symbols
+        return like.new_empty_strided(shape, _strides(shape, form), dtype=dtype)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=form)
 
 
 def with_strides_of(other: Tensor, tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..registration import (
     Function,
     below_autograd,
     differentiable,
+    empty,
     launches,
     memory_format,
     uses_tf32,
@@ -59,12 +60,6 @@ library.define(
 registered = torch.ops.backstride
 
 
-def _empty(x: Tensor, channels: int, size: Sequence[int], like: Sequence[Tensor]) -> Tensor:
-    return torch.empty(
-        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(*like)
-    )
-
-
 def kernels_for(weight: Sequence[int], groups: int) -> Any:
     """The kernel family that takes a weight of this shape: dense and grouped, or depthwise and small groups."""
     return depthwise if depthwise.takes(weight, groups) else kernels
@@ -75,7 +70,8 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _empty_result(transposed: bool, x: Tensor, weight: Tensor, output_size: Sequence[int], groups: int) -> Tensor:
-    return _empty(x, weight.shape[1] * groups if transposed else weight.shape[0], output_size, (x, weight))
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return empty((x.shape[0], channels, *output_size), x, weight)
 
 
 def _forward(
@@ -179,8 +175,7 @@ def launch_note(
 
 
 def _empty_weight(x: Tensor, y: Tensor, kernel_size: Sequence[int], groups: int) -> Tensor:
-    shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, y))
+    return empty((y.shape[1], x.shape[1] // groups, *kernel_size), x, y)
 
 
 def _conv_weight_grad(
@@ -223,7 +218,7 @@ def _conv_transpose_concat(
         y = torch.cat([skip, up], dim=1)
         return y.contiguous(memory_format=memory_format(x, weight, skip))
     channels = skip.shape[1], weight.shape[1] * groups
-    y = _empty(x, sum(channels), output_size, (x, weight, skip))
+    y = empty((x.shape[0], sum(channels), *output_size), x, weight, skip)
     left, right = y.split_with_sizes(channels, 1)
     kernels.copy(skip, left)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -248,7 +243,7 @@ def _(x, y, kernel_size, stride, padding, dilation, groups):
 
 @torch.library.register_fake("backstride::conv_transpose_concat", lib=library)
 def _(x, skip, weight, bias, output_size, stride, padding, dilation, groups, relu):
-    return _empty(x, skip.shape[1] + weight.shape[1] * groups, output_size, (x, weight, skip))
+    return empty((x.shape[0], skip.shape[1] + weight.shape[1] * groups, *output_size), x, weight, skip)
 
 
 _conv_below = below_autograd(registered.conv.default, partial(_forward, False))
@@ -281,7 +276,7 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Settings:
     """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import conv as kernels
 from ..dispatch import ATEN, Path, autocast, autocasts, explained_by, kernel_path
 from ..epilogue import is_relu
+from ..registration import empty
 from . import aten, batching, ops
 from .ops import library, registered
 
@@ -32,7 +33,7 @@ def _branches(weights: Sequence[Tensor], dilations: Sequence[int]) -> list[kerne
 
 
 def _empty(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return ops._empty(x, sum(weight.shape[0] for weight in weights), x.shape[2:], (x, *weights))
+    return empty((x.shape[0], sum(weight.shape[0] for weight in weights), *x.shape[2:]), x, *weights)
 
 
 def _forward(
@@ -86,7 +87,7 @@ def _vmapped_geometries(weights: Sequence[Tensor], dims: Sequence[int | None], d
 torch.library.register_vmap("backstride::atrous_pyramid", _vmap, lib=library)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Settings:
     """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
 

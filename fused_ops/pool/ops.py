@@ -24,7 +24,7 @@ from torch import Tensor
 from ...kernels import pool as kernels
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, kernel_path
-from ..registration import Function, below_autograd, differentiable, memory_format, with_strides_of
+from ..registration import Function, below_autograd, differentiable, empty, memory_format, with_strides_of
 
 _WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
@@ -40,8 +40,7 @@ ATEN_POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3
 
 def _empty(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Of shape (N, C, *size), channels_last where `like` is."""
-    shape = (*like.shape[:2], *size)
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(like))
+    return empty((*like.shape[:2], *size), like, dtype=dtype)
 
 
 def _windows(kernel, stride, padding, dilation) -> Windows:
@@ -156,7 +155,7 @@ _pick_below = below_autograd(registered.max_pool_pick.default, _max_pool_pick)
 _unpool_below = below_autograd(registered.max_unpool.default, _max_unpool)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Settings:
     """All that is no tensor, in one object: torch.func takes a list for one argument a number."""
 

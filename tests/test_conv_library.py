@@ -12,7 +12,7 @@ from backstride.fused_ops.conv import aten, functional, ops
 from backstride.fused_ops.pool import functional as pool_functional
 from backstride.fused_ops.pool import ops as pool_ops
 from backstride.kernels import conv as kernels
-from backstride.kernels.conv import Geometry
+from backstride.kernels.conv import Geometry, launch
 from backstride.kernels.runtime import H200, INTERPRETED, Device, layout_of
 from backstride.kernels.tf32 import round_contiguous, round_to_tf32, three_axes
 from hypothesis import assume, given
@@ -567,8 +567,9 @@ def test_operands_are_rounded_to_tf32():
 @pytest.mark.parametrize("shape", [(5, 3, 2, 4), (40, 30, 3, 1), (1, 7, 1, 1), (1, 1, 1, 1)])
 def test_permuted_operands_are_rounded_in_one_pass(shape, axes, device):
     (x,) = random_tensors(25, shape, dtype=torch.float32, device=device)
-    y = round_contiguous(x.permute(axes))
-    assert y.is_contiguous() and torch.equal(y, round_to_tf32(x).permute(axes))
+    expected = round_to_tf32(x).permute(axes)
+    for y in (round_contiguous(x.permute(axes)), launch.prepare_weight(x, axes, rounds=True)):
+        assert y.is_contiguous() and torch.equal(y, expected)
 
 
 def test_a_tensor_seen_with_three_axes():

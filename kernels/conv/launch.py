@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 import triton
 
-from ..runtime import Plan, device_guard, device_of, layout_of
+from ..runtime import Layout, Plan, device_guard, device_of, layout_of
+from ..tf32 import _plan as plan_rounding
 from ..tf32 import round_contiguous, round_to_tf32
 from . import zones
 from .plan import ConvPlan, Geometry
@@ -27,7 +28,7 @@ IN_ORDER = tuple(tuple(range(axes)) for axes in (3, 4, 5))  # the axes of a weig
 
 def mirror_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """The weight of the convolution that X^T is at stride 1, from X's."""
-    sides = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    sides = weight.transpose(0, 1) if groups == 1 else weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return sides.flip(*range(2, weight.dim()))
 
 
@@ -39,11 +40,28 @@ def _padded(x: torch.Tensor, weight: torch.Tensor, channels: int) -> tuple[torch
     return wide, torch.cat([weight, weight.new_zeros((channels - known, *weight.shape[1:]))])
 
 
-def _permuted(weight: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    """The weight with its axes in another order; a large one in new memory, by a kernel that is faster than torch's."""
+@lru_cache(maxsize=4096)
+def _plan_rounding(weight: Layout, axes: tuple[int, ...]) -> tuple[Plan | None, Layout]:
+    """Launch that rounds a weight into contiguous memory with its axes in this order, and its layout there; None where
+    there are too many axes."""
+    ordered = torch.empty_strided(*weight, device="meta").permute(axes)
+    return plan_rounding(*layout_of(ordered)), layout_of(ordered.contiguous())
+
+
+def prepare_weight(weight: torch.Tensor, axes: tuple[int, ...], rounds: bool) -> torch.Tensor:
+    """The weight in contiguous memory with its axes in this order, rounded to TF32 where asked for."""
     if weight.numel() >= LARGE_WEIGHT and weight.is_contiguous() and axes == (0, *range(2, weight.dim()), 1):
-        weight = to_channels_last(weight)
-    return weight.permute(axes)
+        weight = to_channels_last(weight)  # in new memory, by a kernel that is faster than torch's
+    if rounds:
+        plan, layout = _plan_rounding(layout_of(weight), axes)
+        if plan is not None:
+            ordered = weight.new_empty_strided(*layout)
+            with device_guard(weight):
+                plan.launch(weight, ordered)
+            return ordered
+    if axes not in IN_ORDER:
+        weight = weight.permute(axes)
+    return round_contiguous(weight) if rounds else weight.contiguous()
 
 
 def _launch_forward(
@@ -73,9 +91,7 @@ def _launch_forward(
         weight = mirror_weight(weight, geometry.groups)
     for axis, residues in enumerate(plan.residues):
         weight = weight.unflatten(2 + 2 * axis, (-1, residues))
-    if plan.axes not in IN_ORDER:
-        weight = _permuted(weight, plan.axes)
-    weight = round_contiguous(weight) if plan.rounds else weight.contiguous()
+    weight = prepare_weight(weight, plan.axes, plan.rounds)
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels import conv as kernels
 from ..dispatch import ATEN, Path, autocast, autocasts, explained_by, kernel_path
 from ..epilogue import is_relu
-from ..registration import empty
+from ..registration import Function, empty, goes_direct
 from . import aten, batching, ops
 from .ops import library, registered
 
@@ -96,7 +96,7 @@ class _Settings:
     relu: bool
 
 
-class _AtrousPyramid(torch.autograd.Function):
+class _AtrousPyramid(Function):
     """y = relu([X_1 x + bias_1, ...]). Every branch has a convolution's gradients, read from its slice of y's; the
     input's are added up by the residual of one transposed convolution after the other."""
 
@@ -105,6 +105,8 @@ class _AtrousPyramid(torch.autograd.Function):
     @staticmethod
     def forward(x, settings, *tensors) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         weights, biases = tensors[: settings.branches], tensors[settings.branches :]
+        if goes_direct((x, *tensors)):
+            return _forward(x, weights, biases, settings.dilations, settings.relu)
         with torch._C._AutoDispatchBelowAutograd():
             return registered.atrous_pyramid.default(x, weights, biases, settings.dilations, settings.relu)
 
@@ -153,8 +155,11 @@ def _autograd(x, weights, biases, dilations, relu):
 library.impl("atrous_pyramid", _autograd, "Autograd")
 
 
-def _pyramid(*arguments: Any) -> Tensor:
+def _pyramid(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> Tensor:
     """As `registration.differentiable` does for ops whose tensors are not in lists."""
+    arguments = (x, weights, biases, *settings)
+    if goes_direct((x, *weights, *biases)):
+        return _forward(*arguments)
     return (registered.atrous_pyramid.default if torch.compiler.is_compiling() else _autograd)(*arguments)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...kernels import conv as kernels
 from ...kernels import depthwise
 from ...kernels.conv import Geometry
+from ...kernels.conv.epilogue import LITTLE
 from ...kernels.runtime import layout_of
 from ..dispatch import ATEN, kernel_path
 from ..registration import (
@@ -260,7 +261,9 @@ def _through_relu(grad: Tensor, y: Tensor | None) -> Tensor:
 def _through_epilogue(grad: Tensor, y: Tensor | None, bias: bool, dense: bool = False) -> tuple[Tensor, Tensor | None]:
     """The same, and with `bias` the gradient by the bias, in one pass. With `dense` the first has memory of its own."""
     wanted = bias or y is not None or dense
-    if wanted and kernel_path(grad).name != ATEN and grad.numel() and launches((grad, y)):
+    possible = wanted and kernel_path(grad).name != ATEN and grad.numel() and launches((grad, y))
+    # Sums alone of what is little are left to torch: one call, where the kernel's are a launch and a call.
+    if possible and (y is not None or dense or grad.numel() > LITTLE):
         before = torch.empty_like(grad if y is None else y) if dense or y is not None else None
         tensors = [tensor for tensor in (grad, y, before) if tensor is not None]
         # An expanded gradient is walked neither way.

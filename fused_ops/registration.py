@@ -134,10 +134,7 @@ def mutating(library: torch.library.Library, name: str, implementation: Callable
 
 def uses_tf32(x: Tensor, switch: str) -> bool:
     """Whether torch's own op would round fp32 operands to TF32 here; `switch` is its part of torch.backends.cudnn."""
-    if x.dtype != torch.float32 or not x.is_cuda:
-        return False
-    # As its `fp32_precision`, whose look-up takes Python longer.
-    return torch._C._get_fp32_precision_getter("cuda", switch) == "tf32"
+    return x.dtype == torch.float32 and x.is_cuda and getattr(torch.backends.cudnn, switch).fp32_precision == "tf32"
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def three_axes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, 
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> Plan | None:
+def plan_rounding(shape: tuple[int, ...], strides: tuple[int, ...]) -> Plan | None:
     """Launch from a tensor of these strides into a contiguous one; None where it has too many axes."""
     axes, numel = three_axes(shape, strides), math.prod(shape)
     flat = axes is not None and axes[1] == numel and axes[-1] == 1
@@ -70,7 +70,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> Plan | None:
 
 def _round(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether y could be written: the numbers of x, rounded, one after another in memory."""
-    plan = _plan(x.shape, x.stride())
+    plan = plan_rounding(x.shape, x.stride())
     if plan is None:
         return False
     with device_guard(x):

@@ -9,8 +9,7 @@ import torch
 import triton
 
 from ..runtime import Layout, Plan, device_guard, device_of, layout_of
-from ..tf32 import _plan as plan_rounding
-from ..tf32 import round_contiguous, round_to_tf32
+from ..tf32 import plan_rounding, round_contiguous, round_to_tf32
 from . import zones
 from .plan import ConvPlan, Geometry
 from .plan_forward import plan_apply, plan_apply_transposed

@@ -11,13 +11,14 @@ import torch
 T = TypeVar("T")
 
 _EXACT = frozenset({int, str, torch.Size, type(None)})
+_INT = frozenset({int})
 
 
 def _are_exact(values: Sequence[Any]) -> bool:
     """Whether no other arguments than the same are equal to them, as 1.0 and True are to 1."""
     for value in values:
         kind = type(value)
-        if kind not in _EXACT and not (kind is tuple and all(type(v) is int for v in value)):
+        if kind not in _EXACT and not (kind is tuple and _INT.issuperset(map(type, value))):
             return False
     return True
 

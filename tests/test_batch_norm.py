@@ -222,6 +222,17 @@ def test_nan_and_infinities_come_through(device):
             assert ours[1].isfinite().tolist() == [True, True, not training, True]
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3e4])
+def test_a_constant_channel(value, device):
+    """Its variance is not negative, so that the square root of eps is what it is divided by."""
+    x = arguments((3, 4, 33, 31), device=device)[0]
+    x[:, 1] = value
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    y = fused.batch_norm(x, mean, var, training=True, momentum=1.0, eps=1e-12)
+    torch.testing.assert_close(mean[1].item(), value)
+    assert 0 <= var[1].item() <= 1e-12 * max(1.0, value**2) and y.isfinite().all()
+
+
 def test_running_statistics_over_several_batches(device):
     modules = [library.BatchNorm2d(5, momentum=None).to(device) for library in (fused, nn)]
     for seed in range(4):

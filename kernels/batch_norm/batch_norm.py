@@ -210,6 +210,7 @@ def moments_finish_kernel(
     mean = pivot + distance
     distances = tl.where(mask, distances - distance[None, :], 0.0)
     total = tl.sum(squares + counts * distances * distances, axis=0)
+    total = tl.where(total < 0, 0.0, total)  # by the rounding of a channel that is constant
     tl.store(statistics_ptr + channels, mean, mask=mask_c)
     tl.store(statistics_ptr + CHANNELS + channels, 1.0 / tl.sqrt(total / count + EPS), mask=mask_c)
     if HAS_RUNNING:

@@ -49,7 +49,7 @@ TARGETS = {
 }
 
 OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid", "maxnreg")
-BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "LANES", "ROWS", "COLS", "U")
+BLOCKS = ("BLOCK_M", "BLOCK_B", "BLOCK_N", "BLOCK_K", "BLOCK", "BLOCK_C", "BLOCK_P", "LANES", "ROWS", "COLS", "U")
 # fp16 compiles to the same code as bf16 but for the instructions' types.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 POINTER = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}

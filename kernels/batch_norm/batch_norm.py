@@ -126,7 +126,7 @@ def through_relu(grad, y):
 
 
 @triton.jit(do_not_specialize=SIZES + X_STRIDES)
-def moments_kernel(
+def batch_norm_moments_kernel(
     x_ptr,  # (N, CHANNELS, PIXELS)
     partial_ptr,  # (3, PARTS, CHANNELS)
     N,
@@ -174,7 +174,7 @@ def moments_kernel(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "PARTS", "momentum"])
-def moments_finish_kernel(
+def batch_norm_moments_finish_kernel(
     partial_ptr,  # (3, PARTS, CHANNELS)
     statistics_ptr,  # (2, CHANNELS)
     running_mean_ptr,  # (CHANNELS,)
@@ -223,7 +223,7 @@ def moments_finish_kernel(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "PARTS", *X_STRIDES, *Y_STRIDES])
-def normalise_kernel(
+def batch_norm_kernel(
     x_ptr,  # (N, CHANNELS, PIXELS)
     residual_ptr,  # as y
     y_ptr,  # (N, CHANNELS, PIXELS)
@@ -272,7 +272,7 @@ def normalise_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES + X_STRIDES + Y_STRIDES + GRAD_STRIDES)
-def sums_kernel(
+def batch_norm_sums_kernel(
     grad_ptr,  # (N, CHANNELS, PIXELS)
     x_ptr,  # (N, CHANNELS, PIXELS)
     y_ptr,  # (N, CHANNELS, PIXELS)
@@ -340,7 +340,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "PARTS"])
-def sums_finish_kernel(
+def batch_norm_sums_finish_kernel(
     partial_ptr,  # (2, PARTS, CHANNELS)
     mean_ptr,  # (2, CHANNELS)
     var_ptr,  # (CHANNELS,)
@@ -382,7 +382,7 @@ def sums_finish_kernel(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "PARTS", *X_STRIDES, *Y_STRIDES, *GRAD_STRIDES])
-def gradient_kernel(
+def batch_norm_gradient_kernel(
     grad_ptr,  # (N, CHANNELS, PIXELS)
     x_ptr,  # (N, CHANNELS, PIXELS)
     y_ptr,  # (N, CHANNELS, PIXELS)

@@ -12,12 +12,12 @@ import triton
 from ..pixelwise import channels_are_lanes, strides_of, tile_constants
 from ..runtime import Device, Layout, Plan, block_of, device_guard, device_of, layout_of
 from .batch_norm import (
-    gradient_kernel,
-    moments_finish_kernel,
-    moments_kernel,
-    normalise_kernel,
-    sums_finish_kernel,
-    sums_kernel,
+    batch_norm_gradient_kernel,
+    batch_norm_kernel,
+    batch_norm_moments_finish_kernel,
+    batch_norm_moments_kernel,
+    batch_norm_sums_finish_kernel,
+    batch_norm_sums_kernel,
 )
 from .config import MOST_PARTS, BatchNormConfig, choose_config
 
@@ -105,9 +105,9 @@ def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device:
 def forward_plans(x: Layout, y: Layout, dtype: torch.dtype, device: Device) -> Forward | None:
     walk = _walk((x, y), 1, dtype, device)
     return walk and Forward(
-        walk._replace(strides=walk.strides[:2]).summing(moments_kernel),
-        walk.finishing(moments_finish_kernel, "ACC", "BLOCK_P"),
-        walk.writing(normalise_kernel),
+        walk._replace(strides=walk.strides[:2]).summing(batch_norm_moments_kernel),
+        walk.finishing(batch_norm_moments_finish_kernel, "ACC", "BLOCK_P"),
+        walk.writing(batch_norm_kernel),
     )
 
 
@@ -115,7 +115,9 @@ def forward_plans(x: Layout, y: Layout, dtype: torch.dtype, device: Device) -> F
 def backward_plans(x: Layout, y: Layout, grad: Layout, dtype: torch.dtype, device: Device) -> Backward | None:
     walk = _walk((x, y, grad), 2, dtype, device)
     return walk and Backward(
-        walk.summing(sums_kernel), walk.finishing(sums_finish_kernel, "ACC"), walk.writing(gradient_kernel)
+        walk.summing(batch_norm_sums_kernel),
+        walk.finishing(batch_norm_sums_finish_kernel, "ACC"),
+        walk.writing(batch_norm_gradient_kernel),
     )
 
 

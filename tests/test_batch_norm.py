@@ -245,6 +245,18 @@ def test_running_statistics_over_several_batches(device):
     torch.testing.assert_close(*(module(x) for module in modules))
 
 
+def test_momentum_may_be_an_int(device):
+    """What the kernel was compiled for has to take the next one, too."""
+    x = arguments((3, 5, 4, 6), device=device)[0]
+    found = []
+    for function in (fused.batch_norm, F.batch_norm):
+        mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+        for momentum in (1, 0.25, 0, 0.5):
+            function(x * (1 + momentum), mean, var, training=True, momentum=momentum)
+        found.append((mean, var))
+    torch.testing.assert_close(*found)
+
+
 def test_modules_take_what_follows(device):
     x, residual = (t.to(device) for t in (arguments((3, 5, 4, 6))[0], arguments((3, 5, 4, 6), seed=1)[0]))
     module = fused.BatchNorm2d(5).to(device)

@@ -93,4 +93,6 @@ def batch_norm(
         return finish(y, relu, residual)
     if residual is not None:
         check_residual(residual, input.shape, input.dtype)
+    # An int would be another type to the kernel, and what was compiled for one would be launched with the other.
+    momentum, eps = float(momentum), float(eps)
     return ops.batch_norm(input, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu)

@@ -19,7 +19,7 @@ from .batch_norm import (
     batch_norm_sums_finish_kernel,
     batch_norm_sums_kernel,
 )
-from .config import MOST_PARTS, BatchNormConfig, choose_config
+from .config import MOST_PARTS, choose_config
 
 FINISH_TILE = 1024  # elements
 
@@ -33,21 +33,20 @@ def _as_one_image(layout: Layout) -> Layout:
 class Walk(NamedTuple):
     """How launches go through tensors of one shape."""
 
-    config: BatchNormConfig
     sizes: tuple[int, int, int]  # images, channels, pixels
     strides: tuple[int, ...]  # of an image and a row, tensor by tensor
     constants: dict[str, Any]
     tiles: int  # blocks of channels
     parts: int  # that the blocks of pixels are divided into
     share: int  # of a part, in blocks
-    loads: int  # of 16 bytes, by which a thread reads its part of a full tile
+    at_once: int  # elements that a program's threads read by a load of 16 bytes each
 
     def summing(self, kernel: Any) -> Plan:
         """A program for each part."""
-        c, p, last = (self.constants[name] for name in ("BLOCK_C", "BLOCK_P", "LAST"))
-        # In a smaller tile, or one of several rows of pixels, what would be folded is not one thread's.
-        folds = c * p == self.config.tile and (last or c == 1)
-        constants = self.constants | {"FOLD": self.loads if folds else 1}
+        channels, pixels, last = (self.constants[name] for name in ("BLOCK_C", "BLOCK_P", "LAST"))
+        # Where pixels are the lanes, only a row's own can be added up.
+        fold = max(pixels * (channels if last else 1) // self.at_once, 1)
+        constants = self.constants | {"FOLD": fold}
         return Plan(kernel, (self.tiles, self.parts), self.sizes + self.strides, constants)
 
     def finishing(self, kernel: Any, *constants: str) -> Plan:
@@ -97,8 +96,8 @@ def _walk(layouts: tuple[Layout, ...], tensors: int, dtype: torch.dtype, device:
     share = triton.cdiv(units, parts)
     parts = triton.cdiv(units, share)  # none without a block
     strides = tuple(stride for layout in found for stride in strides_of(layout, last) or ())
-    loads = max(config.tile * dtype.itemsize // (16 * 32 * config.num_warps), 1)
-    return Walk(config, (batch, channels, pixels), strides, constants, tiles, parts, share, loads)
+    at_once = 32 * config.num_warps * 16 // dtype.itemsize
+    return Walk((batch, channels, pixels), strides, constants, tiles, parts, share, at_once)
 
 
 @lru_cache(maxsize=4096)

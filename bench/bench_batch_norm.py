@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import fused_ops
-from .case import Call, Case, Compiled, Output
+from .case import Call, Case, Compiled, Output, dtypes
 
 FORWARD = "forward"
 DIRECTIONS = (FORWARD, "forward and backward")
@@ -157,10 +157,9 @@ def case(layer: Layer, direction: str, dtype: torch.dtype) -> Case:
 def cases(quick: bool, tiny: bool) -> list[Case]:
     """Every layer forward, and those in training with their gradients, in bf16 and fp32; `quick`: some, in bf16."""
     layers = [layer for layer in LAYERS if layer.quick or not quick]
-    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
     return [
         case(layer.tiny() if tiny else layer, direction, dtype)
-        for dtype in dtypes
+        for dtype in dtypes(quick, tiny)
         for layer in layers
         for direction in (DIRECTIONS if layer.training else DIRECTIONS[:1])
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import fused_ops
 from ..fused_ops.conv import ops
 from ..kernels.conv.zones import meetings
-from .case import Call, Case, Compiled, results_of
+from .case import Call, Case, Compiled, dtypes, results_of
 
 CONCAT = "conv_transpose2d_concat"
 DENSE = "convolution, dense"
@@ -309,10 +309,9 @@ def cases(quick: bool, tiny: bool) -> list[Case]:
     `tiny` cases are in fp32 only: Triton's interpreter rounds to bf16 towards zero, which doubles its error.
     """
     layers = [layer for layer in LAYERS if layer.quick or not quick]
-    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
     return [
         case(layer.tiny() if tiny else layer, direction, dtype)
-        for dtype in dtypes
+        for dtype in dtypes(quick, tiny)
         for layer in layers
         # Behind a concatenation the gradients are those of the transposed convolution alone.
         for direction in (["forward"] if layer.skip else ["forward", "input gradient", "weight gradient"])

@@ -25,7 +25,7 @@ from ..models.segmentation.deeplab import DeepLabV3, DeepLabV3Plus
 from ..models.segmentation.segnet import SegNet, SegNetBasic
 from ..models.segmentation.unet import UNet
 from .bench_conv import conv_flop
-from .case import Case
+from .case import Case, dtypes
 
 VOCABULARY = 65  # characters in tinyshakespeare
 # Of the gradients' norm: one number near 0 that ReLU lets through or not, by its last bit, changes those of all layers
@@ -228,10 +228,9 @@ def case(network: Network, dtype: torch.dtype, replayed: bool = False) -> Case:
 def cases(quick: bool, tiny: bool) -> list[Case]:
     """Every network in bf16 (autocast) and fp32, launched and replayed; `quick`: some, in bf16; `tiny`: launched."""
     networks = [n for n in NETWORKS if (n.quick or not quick) and (n.tiny_build or not tiny)]
-    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
     return [
         case(network.tiny() if tiny else network, dtype, replayed)
-        for dtype in dtypes
+        for dtype in dtypes(quick, tiny)
         for network in networks
         for replayed in ((False,) if tiny else (False, True))
     ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import fused_ops
-from .case import Case, Compiled
+from .case import Case, Compiled, dtypes
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,9 @@ LAYERS = [
 def cases(quick: bool, tiny: bool) -> list[Case]:
     """Pooling with places, and pooling with the way back, by offsets against torch's indices; bf16 and fp32."""
     layers = [layer for layer in LAYERS if layer.quick or not quick]
-    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
     return [
         make(layer.tiny() if tiny else layer, dtype)
-        for dtype in dtypes
+        for dtype in dtypes(quick, tiny)
         for layer in layers
         for make in (pool_case, round_trip_case)
     ]

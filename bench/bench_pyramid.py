@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import fused_ops
 from . import bench_conv
-from .case import Call, Case, Compiled
+from .case import Call, Case, Compiled, dtypes
 
 DIRECTIONS = ("forward", "forward and backward")
 
@@ -123,10 +123,9 @@ def case(pyramid: Pyramid, direction: str, dtype: torch.dtype) -> Case:
 def cases(quick: bool, tiny: bool) -> list[Case]:
     """Every pyramid forward and in training, in bf16 and fp32; `quick`: one of them, in bf16."""
     pyramids = [pyramid for pyramid in PYRAMIDS if pyramid.quick or not quick]
-    dtypes = [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
     return [
         case(pyramid.tiny() if tiny else pyramid, direction, dtype)
-        for dtype in dtypes
+        for dtype in dtypes(quick, tiny)
         for pyramid in pyramids
         for direction in DIRECTIONS
     ]

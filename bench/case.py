@@ -80,6 +80,11 @@ class Variant(NamedTuple):
     layout: str
 
 
+def dtypes(quick: bool, tiny: bool) -> list[torch.dtype]:
+    """That most ops are timed in; the interpreter multiplies no bf16."""
+    return [torch.float32] if tiny else [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+
+
 OURS = "ours"
 BASELINE = Variant("torch", "contiguous")
 

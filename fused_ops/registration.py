@@ -26,12 +26,16 @@ class Function(torch.autograd.Function):
         return base.apply(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
-def _transformed() -> bool:
-    """Whether a mode, a trace or torch.func makes something else of every op."""
+def _rewritten() -> bool:
+    """Whether a trace or torch.func makes something else of every op."""
     c: Any = torch._C
-    return (
-        c._len_torch_dispatch_stack() > 0 or c._are_functorch_transforms_active() or c._get_tracing_state() is not None
-    )
+    return c._are_functorch_transforms_active() or c._get_tracing_state() is not None
+
+
+def _transformed() -> bool:
+    """Whether these or a mode do."""
+    c: Any = torch._C
+    return c._len_torch_dispatch_stack() > 0 or _rewritten()
 
 
 # What ops are called with besides tensors: to ask any other object whether it is one takes three times as long.
@@ -56,7 +60,7 @@ def _are_plain(arguments: tuple[Any, ...]) -> bool:
     return True
 
 
-def _want_gradient(arguments: tuple[Any, ...]) -> bool:
+def wants_gradient(arguments: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
@@ -67,19 +71,24 @@ def is_eager(arguments: tuple[Any, ...]) -> bool:
 
 def is_followed(arguments: tuple[Any, ...]) -> bool:
     """Whether an autograd.Function that itself calls ops, which modes see, may be applied to these in an op's place."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    return not torch._C._are_functorch_transforms_active() and _are_plain(arguments)
+    return not torch.compiler.is_compiling() and _are_plain(arguments) and not _rewritten()
 
 
 def launches(arguments: tuple[Any, ...]) -> bool:
     """Whether kernels may be launched on these outside of any op: there is no gradient either."""
-    return not _want_gradient(arguments) and is_eager(arguments)
+    return not wants_gradient(arguments) and is_eager(arguments)
 
 
 def goes_direct(arguments: tuple[Any, ...]) -> bool:
     """Whether an implementation may be called at once, which spares the dispatcher: no profiler looks at the op."""
     return launches(arguments) and not torch.autograd.profiler._is_profiler_enabled
+
+
+def implemented(library: torch.library.Library, name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `implementation` as backstride::<name> for the CPU and CUDA, and return the op."""
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
+    return getattr(torch.ops.backstride, name).default
 
 
 def differentiable(
@@ -91,10 +100,8 @@ def differentiable(
     Returns what this package calls: torch.compile is to see the op itself, and torch.func, which can't look below an
     op, the autograd.Function.
     """
-    for key in ("CPU", "CUDA"):
-        library.impl(name, implementation, key)
+    op = implemented(library, name, implementation)
     library.impl(name, function, "Autograd")
-    op = getattr(torch.ops.backstride, name).default
 
     def call(*arguments: Any) -> Any:
         if goes_direct(arguments):
@@ -122,9 +129,7 @@ def mutating(library: torch.library.Library, name: str, implementation: Callable
 
     Returns what this package calls, which goes past the dispatcher where `differentiable` does.
     """
-    for key in ("CPU", "CUDA"):
-        library.impl(name, implementation, key)
-    op = getattr(torch.ops.backstride, name).default
+    op = implemented(library, name, implementation)
 
     def call(*arguments: Any) -> None:
         (implementation if goes_direct(arguments) else op)(*arguments)

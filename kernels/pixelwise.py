@@ -39,6 +39,18 @@ def offsets(n, rows, lanes, stride_n, stride_r, VEC: tl.constexpr):
     return starts[:, None] + lanes[None, :]
 
 
+@triton.jit
+def relu(y):
+    # Not tl.maximum: NaN has to come through, as it does in torch.
+    return tl.where(y < 0, 0.0, y).to(y.dtype)
+
+
+@triton.jit
+def through_relu(grad, y):
+    """The gradient before ReLU from that of its result y. As torch's: where y is NaN it passes."""
+    return tl.where(y <= 0, 0.0, grad).to(grad.dtype)
+
+
 def strides_of(layout: Layout, last: bool) -> tuple[int, int] | None:
     """Of an image and a row, where the channels, or else the pixels, lie side by side and the other axis has one
     stride; None where they don't."""

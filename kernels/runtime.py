@@ -99,7 +99,8 @@ class Plan:
         """Launch on the first pointer's device, which is the current one.
 
         Args:
-            more: run-time arguments behind `sizes` that Triton is told not to specialise on: free to change.
+            more: run-time arguments behind `sizes` that Triton is told not to specialise on: free to change, but not
+                from an int to a float.
             flags: further compile-time arguments.
         """
         first: Any = pointers[0]

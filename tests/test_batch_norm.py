@@ -74,7 +74,7 @@ def results(function, x, mean, var, weight, bias, residual, grad, training, acti
 def sizes_of_gradients(x, mean, var, weight, grad, training):
     """By x, weight and bias, as large as their sums' terms are where nothing cancels."""
     mean, inverse = reference.moments(x, 1e-5) if training else (mean, (var + 1e-5).rsqrt())
-    normalised = reference.normalise(x, mean, inverse, None, None, None).abs()
+    normalised = reference.normalise(x, mean, inverse, None, None).abs()
     axes, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     by_weight, by_bias = (grad.abs() * normalised).sum(axes), grad.abs().sum(axes)
     one = [1, -1, *[1] * (x.dim() - 2)]

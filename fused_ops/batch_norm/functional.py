@@ -6,20 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import ATEN, BY_AUTOGRAD, REFUSED, Path, explained_by, is_short, kernel_path
+from ..dispatch import ATEN, BY_AUTOGRAD, GPU_DTYPES, REFUSED, Path, explained_by, is_short, kernel_path
 from ..epilogue import check_residual, finish, is_relu
 from ..registration import is_followed
 from . import ops
 
 OTHERS = Path(ATEN, "torch.compile fuses torch's own with what is around it, and torch.func has to see into it")
-_PARAMETERS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 def _fits(vector: Tensor | None, channels: int, like: Tensor) -> bool:
     """Whether a parameter or statistic is one that torch would take, and lies as the kernels read it."""
     if vector is None:
         return True
-    known = vector.dtype == like.dtype or (vector.dtype == torch.float32 and like.dtype in _PARAMETERS)
+    known = vector.dtype == like.dtype or (vector.dtype == torch.float32 and like.dtype in GPU_DTYPES)
     return known and vector.shape == (channels,) and vector.is_contiguous() and vector.device == like.device
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import batch_norm as kernels
 from ...kernels.batch_norm import reference
-from ..registration import Function, below_autograd, memory_format
+from ..registration import Function, below_autograd, empty, implemented, wants_gradient, with_strides_of
 
 library = torch.library.Library("backstride", "FRAGMENT")
 library.define(
@@ -29,39 +29,30 @@ library.define(
 )
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _copied(tensor: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like).copy_(tensor)
-
-
 def _results(x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     """Memory for the output and the statistics, which are empty where they are given."""
     channels, dtype = x.shape[1] if training else 0, torch.promote_types(x.dtype, torch.float32)
-    return _like(x), torch.empty((2, channels), dtype=dtype, device=x.device)
+    return empty(x.shape, x), torch.empty((2, channels), dtype=dtype, device=x.device)
 
 
 def _forward(x, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu):
     y, statistics = _results(x, training)
     plans = kernels.plan_forward(x, y)
     if plans is None:
-        x = _copied(x, y)
+        x = with_strides_of(y, x)
         plans = kernels.plan_forward(x, y)
         assert plans, "y is dense"
-    if residual is not None and residual.stride() != y.stride():
-        residual = _copied(residual, y)
+    residual = None if residual is None else with_strides_of(y, residual)
     own = statistics if training else None
     kernels.forward(plans, x, y, own, running_mean, running_var, weight, bias, residual, momentum, eps, relu=relu)
     return y, statistics
 
 
 def _backward(grad, x, mean, var, weight, bias, y, eps, relu, wanted):
-    dense = _like(x)
+    dense = empty(x.shape, x)
     plans = kernels.plan_backward(x, dense, grad)
     if plans is None:
-        x, grad = _copied(x, dense), _copied(grad, dense)
+        x, grad = with_strides_of(dense, x), with_strides_of(dense, grad)
         plans = kernels.plan_backward(x, dense, grad)
         assert plans, "all are dense"
     by_x, by_weight, by_bias, by_residual = results = _wanted(dense, weight, bias, wanted)
@@ -90,18 +81,11 @@ def _(x, running_mean, running_var, weight, bias, residual, training, momentum, 
 
 @torch.library.register_fake("backstride::batch_norm_backward", lib=library)
 def _(grad, x, mean, var, weight, bias, y, eps, relu, wanted):
-    return [result for result in _wanted(_like(x), weight, bias, wanted) if result is not None]
+    return [result for result in _wanted(empty(x.shape, x), weight, bias, wanted) if result is not None]
 
 
-def _register(name: str, implementation: Any) -> Any:
-    """Returns what the Function calls: the op, and where nobody would miss it the implementation at once."""
-    for key in ("CPU", "CUDA"):
-        library.impl(name, implementation, key)
-    return below_autograd(getattr(torch.ops.backstride, name).default, implementation)
-
-
-forward = _register("batch_norm_forward", _forward)
-backward = _register("batch_norm_backward", _backward)
+forward = below_autograd(implemented(library, "batch_norm_forward", _forward), _forward)
+backward = below_autograd(implemented(library, "batch_norm_backward", _backward), _backward)
 
 
 class _Settings(NamedTuple):
@@ -147,7 +131,7 @@ def _differentiable_gradients(grad, x, mean, var, weight, bias, y, settings: _Se
     mean, inverse = reference.moments(x, eps) if training else (mean.to(dtype), (var.to(dtype) + eps).rsqrt())
     if relu:
         with torch.no_grad():
-            y = reference.normalise(x, mean, inverse, scale, shift, None).to(given) if y is None else y
+            y = reference.normalise(x, mean, inverse, scale, shift).to(given) if y is None else y
         grad = torch.where(y <= 0, 0, grad)
     by_x, *others = reference.gradients(grad, x, mean, inverse, scale, constant=not training)
     others = [by if vector is None else by.to(vector.dtype) for by, vector in zip(others, (weight, bias), strict=True)]
@@ -168,6 +152,6 @@ def batch_norm(
 ) -> Tensor:
     """The kernels', with gradients of any order, for checked arguments that `is_followed` by an autograd.Function."""
     settings = _Settings(training, momentum, eps, relu)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+    if wants_gradient((x, weight, bias, residual)):
         return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, settings)
     return forward(x, running_mean, running_var, weight, bias, residual, *settings)[0]

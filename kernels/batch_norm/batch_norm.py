@@ -8,7 +8,7 @@ mean and a variance.
 import triton
 import triton.language as tl
 
-from ..pixelwise import offsets, tile_of
+from ..pixelwise import offsets, relu, through_relu, tile_of
 
 SIZES = ["N", "CHANNELS", "PIXELS"]
 X_STRIDES = ["stride_xn", "stride_xr"]
@@ -67,6 +67,25 @@ def load_vector(
 
 
 @triton.jit
+def load_inverse(
+    mean_ptr,
+    var_ptr,
+    channels,
+    C,
+    EPS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """1 / sqrt(var + EPS) of each channel."""
+    if GIVEN:
+        return 1.0 / tl.sqrt(load_vector(var_ptr, channels, C, LAST, VEC, ACC) + EPS)
+    else:
+        return load_vector(mean_ptr, channels, C, LAST, VEC, ACC, SECOND=True)
+
+
+@triton.jit
 def along(vector, LAST: tl.constexpr):
     """One value for each channel, as a tile to be broadcast."""
     return vector[None, :] if LAST else vector[:, None]
@@ -90,10 +109,7 @@ def affine(
 ):
     """(mean, scale, shift) with y = (x - mean) scale + shift, as tiles to be broadcast."""
     mean = load_vector(mean_ptr, channels, C, LAST, VEC, ACC)
-    if GIVEN:
-        scale = 1.0 / tl.sqrt(load_vector(var_ptr, channels, C, LAST, VEC, ACC) + EPS)
-    else:
-        scale = load_vector(mean_ptr, channels, C, LAST, VEC, ACC, SECOND=True)
+    scale = load_inverse(mean_ptr, var_ptr, channels, C, EPS, GIVEN, LAST, VEC, ACC)
     shift = tl.zeros_like(scale)
     if HAS_WEIGHT:
         scale *= load_vector(weight_ptr, channels, C, LAST, VEC, ACC)
@@ -120,9 +136,9 @@ def folded(tile, LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, 
 
 
 @triton.jit
-def through_relu(grad, y):
-    """As torch's: where y is NaN the gradient passes."""
-    return tl.where(y <= 0, 0.0, grad)
+def normalised(x, mean, scale, shift):
+    """What ReLU is taken of without a residual: its gradient finds it again, to the bit."""
+    return (x - mean) * scale + shift
 
 
 @triton.jit(do_not_specialize=SIZES + X_STRIDES)
@@ -261,13 +277,12 @@ def batch_norm_kernel(
     )
     n, rows, lanes, mask = tile_of(unit, pid_c, CHANNELS, PIXELS, LAST, VEC, BLOCK_C, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
     x = tl.load(x_ptr + offsets(n, rows, lanes, stride_xn, stride_xr, VEC), mask=mask, other=0.0).to(ACC)
-    y = (x - mean) * scale + shift
+    y = normalised(x, mean, scale, shift)
     offs = offsets(n, rows, lanes, stride_yn, stride_yr, VEC)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
     if RELU:
-        # Not tl.maximum: NaN has to come through, as it does in torch.
-        y = tl.where(y < 0, 0.0, y)
+        y = relu(y)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -326,7 +341,7 @@ def batch_norm_sums_kernel(
             if HAS_Y:
                 y = tl.load(y_ptr + offs, mask=mask, other=0.0)
             else:
-                y = ((x - mean) * scale + shift).to(grad_ptr.dtype.element_ty)
+                y = normalised(x, mean, scale, shift).to(grad_ptr.dtype.element_ty)
             grad = through_relu(grad, y)
         if TO_RESIDUAL:
             tl.store(grad_residual_ptr + offs, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
@@ -368,10 +383,7 @@ def batch_norm_sums_finish_kernel(
     total = tl.sum(tl.load(partial_ptr + offs, mask=mask, other=0.0), axis=0)
     plane = PARTS * CHANNELS
     products = tl.sum(tl.load(partial_ptr + plane + offs, mask=mask, other=0.0), axis=0)
-    if GIVEN:
-        inverse = 1.0 / tl.sqrt(tl.load(var_ptr + channels, mask=mask_c, other=1.0).to(ACC) + EPS)
-    else:
-        inverse = tl.load(mean_ptr + CHANNELS + channels, mask=mask_c, other=0.0)
+    inverse = load_inverse(mean_ptr, var_ptr, channels, CHANNELS, EPS, GIVEN, False, 1, ACC)
     count = (N.to(tl.int64) * PIXELS).to(ACC)
     tl.store(means_ptr + channels, total / count, mask=mask_c)
     tl.store(means_ptr + CHANNELS + channels, products * inverse * inverse / count, mask=mask_c)
@@ -438,7 +450,7 @@ def batch_norm_gradient_kernel(
         if HAS_Y:
             y = tl.load(y_ptr + offs, mask=mask, other=0.0)
         else:
-            y = ((x - mean) * scale + shift).to(grad_ptr.dtype.element_ty)
+            y = normalised(x, mean, scale, shift).to(grad_ptr.dtype.element_ty)
         grad = through_relu(grad, y)
     if TO_RESIDUAL:
         tl.store(grad_residual_ptr + offs, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)

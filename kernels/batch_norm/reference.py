@@ -21,13 +21,10 @@ def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).rsqrt()
 
 
-def normalise(
-    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    """What ReLU is then taken of."""
+def normalise(x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a residual is then added to, and ReLU taken of."""
     y = (x - _along(mean, x)) * _along(inverse if weight is None else inverse * weight, x)
-    y = y if bias is None else y + _along(bias, x)
-    return y if residual is None else y + residual
+    return y if bias is None else y + _along(bias, x)
 
 
 def gradients(

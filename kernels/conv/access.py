@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..runtime import Layout, power_of_two_divisor, three
@@ -56,6 +57,7 @@ def read(layout: Layout, in_order: bool, channels: int, columns: int) -> Access:
     return write(channels_last(layout), in_order)._replace(copied=True)
 
 
+@lru_cache(maxsize=4096)
 def channels_last(layout: Layout) -> Layout:
     """The same shape in memory of its own, channels innermost."""
     channels, *size = layout.shape[1:]

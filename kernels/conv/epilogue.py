@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pixelwise import channels_are_lanes, offsets, strides_of, tile_constants, tile_of
+from ..pixelwise import channels_are_lanes, offsets, relu, strides_of, through_relu, tile_constants, tile_of
 from ..runtime import Device, Layout, Plan, device_guard, device_of, layout_of
 
 TILE = 4096  # elements
@@ -56,8 +56,7 @@ def epilogue_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
     if RELU:
-        # Not tl.maximum: NaN has to come through, as it does in torch.
-        y = tl.where(y < 0, 0.0, y).to(ACC)
+        y = relu(y)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -100,8 +99,7 @@ def epilogue_grad_kernel(
         grad = tl.load(grad_ptr + offsets(n, rows, lanes, stride_gn, stride_gr, VEC), mask=mask, other=0.0)
         if RELU:
             y = tl.load(y_ptr + offsets(n, rows, lanes, stride_yn, stride_yr, VEC), mask=mask, other=0.0)
-            # As torch's: where y is NaN the gradient passes.
-            grad = tl.where(y <= 0, 0.0, grad).to(grad.dtype)
+            grad = through_relu(grad, y)
         if STORES:
             tl.store(z_ptr + offsets(n, rows, lanes, stride_zn, stride_zr, VEC), grad, mask=mask)
         if SUMS:

@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..pixelwise import strides_of
 from ..runtime import Layout, Plan, block_of, device_guard, layout_of
+from .access import channels_last
 
 LONGEST = 64  # rows or columns of a tile: whole sectors on both sides
 TILE = LONGEST * LONGEST  # elements; where one side is short, the other is longer
@@ -48,26 +50,16 @@ def transpose_kernel(
     tl.store(y_ptr + offs_y[:, None] + offs_r[None, :], tl.trans(x), mask=mask_c[:, None] & mask_r[None, :])
 
 
-def _are_dense(size: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether axes of this size lie in memory as those of a contiguous tensor."""
-    behind = 1
-    for length, stride in zip(reversed(size), reversed(strides), strict=True):
-        if length > 1 and stride != behind:
-            return False
-        behind *= length
-    return True
-
-
 @lru_cache(maxsize=4096)
 def _plan(x: Layout, y: Layout, into_last: bool) -> Plan | None:
     """Launch of y = x, from channels-first images into channels-last ones or else the other way; None where the images
     lie in memory in neither."""
     first, last = (x, y) if into_last else (y, x)
-    (batch, channels, *size), (batch_stride, channel_stride, *steps) = last
-    if not _are_dense(x.shape[2:], first.strides[2:]) or not _are_dense((*size, channels), (*steps, channel_stride)):
+    x_strides, y_strides = strides_of(first, last=False), strides_of(last, last=True)
+    if x_strides is None or y_strides is None:
         return None
-    rows, x_strides = channels, first.strides[:2]
-    columns, y_strides = math.prod(size), (batch_stride, channels)
+    batch, rows, *size = x.shape
+    columns = math.prod(size)
     if not into_last:
         (rows, x_strides), (columns, y_strides) = (columns, y_strides), (rows, x_strides)
     block_c = block_of(columns, 16, LONGEST)
@@ -93,16 +85,9 @@ def _copy(x: torch.Tensor, y: torch.Tensor, into_last: bool) -> None:
         plan.launch(x, y)
 
 
-@lru_cache(maxsize=4096)
-def _innermost(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides with which channels are innermost."""
-    channels, *size = shape[1:]
-    return (channels * math.prod(size), 1, *(channels * math.prod(size[axis:]) for axis in range(1, len(size) + 1)))
-
-
 def empty_channels_last(like: torch.Tensor) -> torch.Tensor:
     """New memory for such a tensor (N, C, *spatial), channels innermost."""
-    return like.new_empty_strided(like.shape, _innermost(like.shape))
+    return like.new_empty_strided(*channels_last(layout_of(like)))
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from backstride import fused_ops
 from backstride.kernels.conv import access, launch, reference
 from backstride.kernels.conv.plan import Geometry
-from backstride.kernels.conv.transpose import from_channels_last, to_channels_last
+from backstride.kernels.conv.transpose import copy_to_channels_last, from_channels_last, to_channels_last
 from backstride.kernels.runtime import H200, INTERPRETED, Layout, device_of, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,6 +149,19 @@ def test_to_channels_last_and_back(device, shape):
         from_channels_last(y, back)
         assert torch.equal(back, x)
     assert wide.isnan().sum() == wide[:, :2].numel()
+
+
+def test_a_slice_of_channels_last_memory(device):
+    """Its neighbours stay as they are; and one pixel that stands for all of an image is read as such."""
+    (x,) = random_tensors(3, (2, 6, 4, 5), dtype=torch.float32, device=device)
+    whole = torch.full((2, 16, 4, 5), torch.nan, device=device).to(memory_format=torch.channels_last)
+    copy_to_channels_last(x, whole[:, 4:10])
+    assert torch.equal(whole[:, 4:10], x) and whole[:, :4].isnan().all() and whole[:, 10:].isnan().all()
+    pooled = x[..., :1, :1].to(memory_format=torch.channels_last).expand_as(x)
+    for image in (whole[:, 4:10], pooled):
+        back = torch.full_like(x, torch.nan)
+        from_channels_last(image, back)
+        assert torch.equal(back, image)
 
 
 CASES = {

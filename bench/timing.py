@@ -17,7 +17,7 @@ Calls = Mapping[Key, Callable[[], Any]]
 FLUSH_BYTES = 512 * 2**20  # several times the largest L2
 GRAPH_BELOW = 50e-6  # seconds; below, the launch from Python would be most of what is measured
 WARM_UP = 3
-SECONDS = 0.5  # for all repeats of one case; a slow case is repeated less often, but at least FEWEST times
+SECONDS = 0.25  # for all repeats of one case; a slow case is repeated less often, but at least FEWEST times
 FEWEST = 7
 
 

@@ -29,30 +29,25 @@ def check_ops(ops: str) -> None:
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, plus `residual` if one is given, followed by `activation` (None or "relu").
 
-    Takes torch.nn.Conv2d's arguments; [N, C_in, H, W] and a residual [N, C_out, H', W'] -> [N, C_out, H', W'].
-    When `ops` is "fused", they are computed with the products or, where cuDNN multiplies, together in one pass after.
+    Takes torch.nn.Conv2d's arguments, but pads with zeros only; [N, C_in, H, W] and a residual [N, C_out, H', W'] ->
+    [N, C_out, H', W']. When `ops` is "fused", they are computed with the products or, where cuDNN multiplies, together
+    in one pass after. With biased=False the bias is left to what follows.
     """
 
     def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
         super().__init__(*args, **kwargs)
         check_ops(ops)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={self.padding_mode!r}: pad with torch.nn.functional.pad before this layer")
         self.activation: Activation = activation
         self.ops = ops
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, biased: bool = True) -> Tensor:  # pyright: ignore
+        bias = self.bias if biased else None
+        arguments = (input, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.ops == "fused":
-            return fused_ops.conv2d(
-                input,
-                self.weight,
-                self.bias,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                activation=self.activation,
-                residual=residual,
-            )
-        return _finish(super().forward(input), residual, self.activation)
+            return fused_ops.conv2d(*arguments, activation=self.activation, residual=residual)
+        return _finish(F.conv2d(*arguments), residual, self.activation)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -60,6 +55,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     Takes torch.nn.ConvTranspose2d's arguments; [N, C_in, h, w] and a residual [N, C_out, H, W] -> [N, C_out, H, W].
     When `ops` is "fused", they are computed with the products or, where cuDNN multiplies, together in one pass after.
+    With biased=False the bias is left to what follows.
     """
 
     def __init__(self, *args, activation: Activation = None, ops: Ops = "fused", **kwargs):
@@ -68,21 +64,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         self.activation: Activation = activation
         self.ops = ops
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, biased: bool = True) -> Tensor:  # pyright: ignore
+        bias = self.bias if biased else None
+        sizes = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        arguments = (input, self.weight, bias, *sizes)
         if self.ops == "fused":
-            return fused_ops.conv_transpose2d(
-                input,
-                self.weight,
-                self.bias,
-                self.stride,
-                self.padding,
-                self.output_padding,
-                self.groups,
-                self.dilation,
-                activation=self.activation,
-                residual=residual,
-            )
-        return _finish(super().forward(input), residual, self.activation)
+            return fused_ops.conv_transpose2d(*arguments, activation=self.activation, residual=residual)
+        return _finish(F.conv_transpose2d(*arguments), residual, self.activation)
 
 
 class UpConvConcat2d(nn.ConvTranspose2d):
@@ -119,7 +107,7 @@ class BatchNorm2d(fused_ops.BatchNorm2d):
     """torch.nn.BatchNorm2d, plus `residual` if one is given, followed by `activation` (None or "relu").
 
     [N, channels, H, W] and a residual of the same shape -> [N, channels, H, W]. When `ops` is "fused", they are
-    computed in the pass that normalises.
+    computed in the pass that normalises. `input_bias` [channels]: what the layer before left for this one to add.
     """
 
     def __init__(self, channels: int, *, activation: Activation = None, ops: Ops = "fused"):
@@ -128,9 +116,10 @@ class BatchNorm2d(fused_ops.BatchNorm2d):
         self.activation: Activation = activation
         self.ops = ops
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # pyright: ignore
+    def forward(self, input: Tensor, residual: Tensor | None = None, input_bias: Tensor | None = None) -> Tensor:  # pyright: ignore
         if self.ops == "fused":
-            return super().forward(input, activation=self.activation, residual=residual)
+            return super().forward(input, activation=self.activation, residual=residual, input_bias=input_bias)
+        input = input if input_bias is None else input + input_bias.view(-1, 1, 1)
         return _finish(nn.BatchNorm2d.forward(self, input), residual, self.activation)
 
 
@@ -184,6 +173,30 @@ def max_pool(*args, ops: Ops = "fused", **kwargs) -> nn.MaxPool2d:
     """A torch.nn.MaxPool2d, computed by `ops`. Takes torch.nn.MaxPool2d's arguments."""
     check_ops(ops)
     return (fused_ops.MaxPool2d if ops == "fused" else nn.MaxPool2d)(*args, **kwargs)
+
+
+class Stack(nn.Sequential):
+    """Layers in order. Where kernels run, a convolution leaves its bias to the `BatchNorm2d` behind it, which takes it
+    away again: three passes over the memory, with its gradient's, for nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        left = None
+        layers = list(self)
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            if left is not None:
+                input, left = layer(input, input_bias=left), None
+            elif _leaves_bias(layer, after, input):
+                input, left = layer(input, biased=False), layer.bias
+            else:
+                input = layer(input)
+        return input
+
+
+def _leaves_bias(layer: nn.Module, after: nn.Module | None, input: Tensor) -> bool:
+    if not isinstance(layer, Conv2d | ConvTranspose2d) or not isinstance(after, BatchNorm2d):
+        return False
+    bare = layer.bias is not None and layer.activation is None
+    return bare and layer.ops == after.ops == "fused" and kernel_path(input).name != ATEN
 
 
 class ConvNorm(nn.Sequential):

@@ -10,8 +10,15 @@ from .functional import batch_norm
 
 
 class _BatchNorm:
-    def forward(self: Any, input: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """As torch's, and then, as `batch_norm` does, the residual and the activation."""
+    def forward(
+        self: Any,
+        input: Tensor,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        input_bias: Tensor | None = None,
+    ) -> Tensor:
+        """As torch's, with `batch_norm`'s residual and activation behind it, and its input_bias before."""
         self._check_input_dim(input)
         own = self.running_mean is not None or self.running_var is not None
         updates = self.training and self.track_running_stats
@@ -32,16 +39,17 @@ class _BatchNorm:
             self.eps,
             activation=activation,
             residual=residual,
+            input_bias=input_bias,
         )
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on this package's kernels; `forward` takes `batch_norm`'s activation and residual, too."""
+    """`torch.nn.BatchNorm1d` on this package's kernels; `forward` takes what `batch_norm` takes besides."""
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` on this package's kernels; `forward` takes `batch_norm`'s activation and residual, too."""
+    """`torch.nn.BatchNorm2d` on this package's kernels; `forward` takes what `batch_norm` takes besides."""
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` on this package's kernels; `forward` takes `batch_norm`'s activation and residual, too."""
+    """`torch.nn.BatchNorm3d` on this package's kernels; `forward` takes what `batch_norm` takes besides."""

@@ -97,12 +97,13 @@ class _Settings(NamedTuple):
 
 class _BatchNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, residual, running_mean, running_var, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x, weight, bias, residual, input_bias, running_mean, running_var, settings) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, own = forward(x, running_mean, running_var, weight, bias, residual, *settings)
         mean, var = (own, None) if settings.training else (running_mean, running_var)
         # Without a residual, what ReLU let through follows from what is read anyway.
         ctx.save_for_backward(x, mean, var, weight, bias, y if settings.relu and residual is not None else None)
         ctx.settings = settings
+        ctx.input_bias = input_bias
         return y
 
     @staticmethod
@@ -119,7 +120,9 @@ class _BatchNorm(Function):
             results = [next(found) if want else None for want in wanted]
             if needs[3] and not relu:
                 results[3] = grads[0]
-        return (*results, None, None, None)
+        # In training each channel's mean takes it away again.
+        by_input_bias = torch.zeros_like(ctx.input_bias) if ctx.needs_input_grad[4] else None
+        return (*results, by_input_bias, None, None, None)
 
 
 def _differentiable_gradients(grad, x, mean, var, weight, bias, y, settings: _Settings):
@@ -145,13 +148,17 @@ def batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    input_bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """The kernels', with gradients of any order, for checked arguments that `is_followed` by an autograd.Function."""
+    """The kernels', with gradients of any order, for checked arguments that `is_followed` by an autograd.Function.
+
+    An `input_bias` is for training alone, and only to have a gradient.
+    """
     settings = _Settings(training, momentum, eps, relu)
-    if wants_gradient((x, weight, bias, residual)):
-        return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, settings)
+    if wants_gradient((x, weight, bias, residual, input_bias)):
+        return _BatchNorm.apply(x, weight, bias, residual, input_bias, running_mean, running_var, settings)
     return forward(x, running_mean, running_var, weight, bias, residual, *settings)[0]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..layers import Conv2d, Ops, halve_with_places, unpool
+from ..layers import Conv2d, Ops, Stack, halve_with_places, unpool
 from .vgg import VGG16_STAGES, Stages, check_input, conv_relu, conv_stages, in_channels_of, initialise
 
 
@@ -39,10 +39,10 @@ class DeconvNet(nn.Module):
         self.stages = conv_stages(in_channels, stages, norm=True, ops=ops)
         self.smallest = (window - 1) * 2 ** len(stages) + 1
         top = stages[-1][-1]
-        self.fc = nn.Sequential(
+        self.fc = Stack(
             *conv_relu(top, dense, window, norm=True, ops=ops), *conv_relu(dense, dense, 1, norm=True, ops=ops)
         )
-        self.unfc = nn.Sequential(*conv_relu(dense, top, window, norm=True, transposed=True, ops=ops))
+        self.unfc = Stack(*conv_relu(dense, top, window, norm=True, transposed=True, ops=ops))
         self.decoder = nn.ModuleList()
         # The first stage gives its own width once more, to the classifier; the others the width below them.
         below = (stages[0][0], *(widths[-1] for widths in stages))
@@ -50,7 +50,7 @@ class DeconvNet(nn.Module):
             layers: list[nn.Module] = []
             for before, wanted in zip([widths[-1]] * len(widths), [*widths[1:], after], strict=True):
                 layers += conv_relu(before, wanted, 3, 1, norm=True, transposed=True, ops=ops)
-            self.decoder.append(nn.Sequential(*layers))
+            self.decoder.append(Stack(*layers))
         self.classifier = Conv2d(stages[0][0], num_classes, 1, ops=ops)
         self.apply(initialise)
 

@@ -3,7 +3,7 @@ Segmentation" (arXiv 1511.00561)."""
 
 from torch import Tensor, nn
 
-from ..layers import BatchNorm2d, Conv2d, Ops, halve_with_places, unpool
+from ..layers import BatchNorm2d, Conv2d, Ops, Stack, halve_with_places, unpool
 from .vgg import VGG16_STAGES, Stages, check_input, conv_relu, conv_stages, in_channels_of, initialise
 
 
@@ -36,7 +36,7 @@ class SegNet(nn.Module):
             last = conv_relu(before, after, 3, 1, norm=True, ops=ops)
             # The logits are the first stage's last convolution, bare.
             layers += last if len(self.decoder) + 1 < len(stages) else last[:1]
-            self.decoder.append(nn.Sequential(*layers))
+            self.decoder.append(Stack(*layers))
         self.apply(initialise)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ class SegNetBasic(nn.Module):
         self.normalise = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
         channels = (in_channels, width, width, width)
         self.stages = nn.ModuleList(
-            nn.Sequential(*conv_relu(before, width, kernel, kernel // 2, norm=True, ops=ops)) for before in channels
+            Stack(*conv_relu(before, width, kernel, kernel // 2, norm=True, ops=ops)) for before in channels
         )
         self.decoder = nn.ModuleList(
-            nn.Sequential(Conv2d(width, width, kernel, padding=kernel // 2, ops=ops), BatchNorm2d(width, ops=ops))
+            Stack(Conv2d(width, width, kernel, padding=kernel // 2, ops=ops), BatchNorm2d(width, ops=ops))
             for _ in channels
         )
         self.classifier = Conv2d(width, num_classes, 1, ops=ops)

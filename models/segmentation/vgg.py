@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layers import Conv2d, ConvTranspose2d, Ops, halve, norm_relu
+from ..layers import Conv2d, ConvTranspose2d, Ops, Stack, halve, norm_relu
 
 Stages = tuple[tuple[int, ...], ...]
 """The channels of the convolutions between two max-pools, stage for stage."""
@@ -72,7 +72,7 @@ class VGG16(nn.Module):
 def conv_stages(
     in_channels: int, stages: Stages, *, norm: bool = False, first_padding: int = 1, ops: Ops = "fused"
 ) -> nn.ModuleList:
-    """One nn.Sequential of 3x3 convolutions with ReLU (and batch normalisation before it) for each stage."""
+    """One `Stack` of 3x3 convolutions with ReLU (and batch normalisation before it) for each stage."""
     if not stages or not all(stages) or min(map(min, stages)) < 1:
         raise ValueError(f"stages={stages}: every stage needs at least one convolution with at least one channel")
     modules = nn.ModuleList()
@@ -82,7 +82,7 @@ def conv_stages(
         for width in widths:
             layers += conv_relu(before, width, 3, padding, norm=norm, ops=ops)
             before, padding = width, 1
-        modules.append(nn.Sequential(*layers))
+        modules.append(Stack(*layers))
     return modules
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from backstride.bench import bench_batch_norm, bench_conv, bench_networks, bench_pool, bench_pyramid
+from backstride.bench import bench_batch_norm, bench_conv, bench_networks, bench_pool, bench_pyramid, timing
 from backstride.bench.algorithm import UNKNOWN, algorithm, label
 from backstride.bench.case import Variant, run_case, variants
-from backstride.bench.timing import WARM_UP
+from backstride.bench.timing import WARM_UP, kernels_between_marks
 
 CONV = bench_conv.case(bench_conv.Layer("layer", 2, 3, 5, (6, 7), 3, 2, 1), "forward", torch.float32)
 POOL, ROUND_TRIP = bench_pool.cases(True, True)[:2]
@@ -173,3 +173,18 @@ def test_layout_changes_and_steps_are_counted():
     steps = [(512, "ampere_s16816gemm_bf16_64x64_tn"), (512, "void elemWiseRNNcell<__half>")]
     assert algorithm(steps) == "512 x GEMM, tensor cores; 512 x standard RNN, cell of one step"
     assert algorithm([]) == ""
+
+
+def test_kernels_are_told_apart_by_marks():
+    """Of each call by itself, the one that took most first; what comes after the last mark is nobody's."""
+    mark = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    events = [("gemm", 5), ("relu", 9), ("gemm", 6), (mark, 1), (mark, 1), ("gemm", 2), (mark, 1), ("relu", 1)]
+    assert kernels_between_marks(events) == [[(2, "gemm"), (1, "relu")], [], [(1, "gemm")]]
+
+
+@pytest.mark.gpu
+def test_kernels_of_several_calls():
+    x = torch.randn(64, 64, device="cuda")
+    found = timing.kernels_of({"product": lambda: x @ x, "two": lambda: (x.sin().sin(), x.cos())})
+    assert len(found["product"]) >= 1 and not any("sin" in name for _, name in found["product"])
+    assert [count for count, name in found["two"] if "sin" in name] == [2]

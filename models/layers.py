@@ -6,7 +6,7 @@ op.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, biased: bool = True) -> Tensor:  # pyright: ignore
         bias = self.bias if biased else None
-        arguments = (input, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.ops == "fused":
-            return fused_ops.conv2d(*arguments, activation=self.activation, residual=residual)
-        return _finish(F.conv2d(*arguments), residual, self.activation)
+            sizes = self.stride, self.padding, self.dilation, self.groups
+            return fused_ops.conv2d(input, self.weight, bias, *sizes, activation=self.activation, residual=residual)
+        return _finish(self._conv_forward(input, self.weight, bias), residual, self.activation)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -66,11 +66,12 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, biased: bool = True) -> Tensor:  # pyright: ignore
         bias = self.bias if biased else None
-        sizes = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        arguments = (input, self.weight, bias, *sizes)
+        sizes: Any = self.stride, self.padding, self.output_padding, self.groups, self.dilation
         if self.ops == "fused":
-            return fused_ops.conv_transpose2d(*arguments, activation=self.activation, residual=residual)
-        return _finish(F.conv_transpose2d(*arguments), residual, self.activation)
+            return fused_ops.conv_transpose2d(
+                input, self.weight, bias, *sizes, activation=self.activation, residual=residual
+            )
+        return _finish(F.conv_transpose2d(input, self.weight, bias, *sizes), residual, self.activation)
 
 
 class UpConvConcat2d(nn.ConvTranspose2d):

@@ -24,7 +24,8 @@ from ..kernels.conv.config import ConvConfig
 from ..kernels.depthwise import launch as depthwise_launch
 from ..kernels.depthwise.config import DepthwiseConfig
 from ..kernels.pool import launch as pool_launch
-from ..kernels.pool.config import PoolConfig
+from ..kernels.pool import plan_small
+from ..kernels.pool.small_config import SmallConfig
 from ..kernels.rnn import launch as rnn_launch
 from ..kernels.rnn.config import RESIDENT, SHARDED, STEPWISE, RnnConfig
 from .case import Case, GateError, Measure, Output, Variant, epsilon, error_of, first_algorithm, in_layout
@@ -54,14 +55,11 @@ def _rnn(hidden: int) -> list[RnnConfig]:
     return resident + sharded + stepwise
 
 
-def _pool(shipped: PoolConfig) -> list[PoolConfig]:
-    return [
-        PoolConfig(lanes, num_warps, unroll)
-        for lanes in (64, 128, 256, 512)
-        for num_warps in (1, 2, 4, 8)
-        for unroll in sorted({1, shipped.unroll})
-        if lanes >= 32 * num_warps
-    ]
+def _pool(shipped: SmallConfig) -> list[SmallConfig]:
+    """Rows and columns of a lane that are multiples of a stride of 2, for both ways."""
+    columns = (8, 16) if shipped.channels == 1 else (2, 4)
+    choices = product((2, 4), columns, (2, 4, 8))
+    return [SmallConfig(v, u, shipped.channels, 32 * warps, warps) for v, u, warps in choices]
 
 
 def _depthwise(shipped: DepthwiseConfig, stride_h: int, stride: int) -> list[DepthwiseConfig]:
@@ -104,7 +102,7 @@ class Asked(NamedTuple):
 FAMILIES: dict[type, tuple[Any, ...]] = {
     ConvConfig: (plan_forward, plan_weight_grad, conv_pyramid),
     DepthwiseConfig: (depthwise_launch,),
-    PoolConfig: (pool_launch,),
+    SmallConfig: (plan_small, pool_launch),
     BatchNormConfig: (batch_norm_launch,),
     RnnConfig: (rnn_launch,),
 }
@@ -122,7 +120,7 @@ def candidates(case: Case, asked: Sequence[Asked], tiny: bool) -> list[Any]:
     if isinstance(first.config, DepthwiseConfig):
         every = _depthwise(first.config, first.arguments["height"].step, first.arguments["width"].step)
         return every[:3] + every[3::16] if tiny else every
-    if isinstance(first.config, PoolConfig):
+    if isinstance(first.config, SmallConfig):
         every = _pool(first.config)
         return every[:2] if tiny else every
     if isinstance(first.config, BatchNormConfig):
@@ -166,7 +164,8 @@ def noting(asked: list[Asked]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.enter_context(changed([module], choose_config=noted(module.choose_config)))
+            if hasattr(module, "choose_config"):
+                stack.enter_context(changed([module], choose_config=noted(module.choose_config)))
         yield
 
 

@@ -18,6 +18,8 @@ def is_relu(activation: str | None) -> bool:
 
 def check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raises ValueError or TypeError unless the residual has the output's shape and dtype."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a tensor of the output's shape, got {type(residual).__name__}")
     if residual.shape != torch.Size(shape):
         raise ValueError(
             f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}; expand or crop it"

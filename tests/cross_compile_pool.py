@@ -46,12 +46,11 @@ def cases(target: Target) -> Iterator[Case]:
             pooled = image.new_empty((*shape[:2], *size)).to(memory_format=memory_format)
             for offsets in (True, False):
                 index = torch.empty(0, dtype=torch.uint8 if offsets else torch.int64, device="meta")
-                for kernel, constants in (
-                    (pool.max_pool_kernel, launch.pool_constants(windows, image, pooled, index)),
-                    (pool.spread_kernel, launch.spread_constants(windows, pooled, image, index, True)),
-                    (pool.pick_kernel, launch.pick_constants(windows, image, pooled, index)),
-                ):
+                for asked in (pool.max_pool_kernel, pool.spread_kernel, pool.pick_kernel):
+                    kernel, constants, _ = launch.chosen(asked, windows, image, pooled, index, True)
                     constants |= options
+                    if "ASSEMBLY" in constants:
+                        constants["ASSEMBLY"] = target.backend == "cuda"
                     signature = _signature(kernel, constants, "*u8" if offsets else "*i64")
                     layout = "channels_last" if channels_last else "contiguous"
                     places = "offsets" if offsets else "indices"

@@ -361,6 +361,7 @@ REFUSED = {
     "statistics of another size": (lambda: (torch.randn(2, 3, 4), torch.zeros(2), torch.ones(2)), RuntimeError),
     "one axis": (lambda: (torch.randn(3), torch.zeros(3), torch.ones(3)), (RuntimeError, IndexError)),
     "integers": (lambda: (torch.ones(2, 3, dtype=torch.int64), torch.zeros(3), torch.ones(3)), RuntimeError),
+    "eps of 0": (lambda: (torch.randn(2, 3), None, None, None, None, True, 0.1, 0.0), ValueError),
     "a mean without a variance": (lambda: (torch.randn(2, 3, 4), torch.zeros(3), None), RuntimeError),
 }
 

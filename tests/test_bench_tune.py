@@ -9,7 +9,7 @@ from backstride.bench.tune import Asked, Zones, candidates, forced, noting
 from backstride.kernels.conv.config import ConvConfig
 from backstride.kernels.conv.transpose import transpose_kernel
 from backstride.kernels.depthwise.config import DepthwiseConfig
-from backstride.kernels.pool.config import PoolConfig
+from backstride.kernels.pool.small_config import SmallConfig
 from backstride.kernels.runtime import Plan
 
 UP = bench_conv.Layer("bilinear", 1, 3, 3, (3, 4), 4, 2, 1, groups=3, transposed=True)
@@ -92,7 +92,7 @@ CASES = [
     (bench_conv.case(ATROUS, "forward", torch.float32), ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
     (bench_pyramid.cases(True, True)[0], ConvConfig(16, 16, 16, 4, 1), "BLOCK_M", 16),
     (bench_conv.case(UP, "forward", torch.float32), DepthwiseConfig(True, True, 2, 4, 0, 0, 2, 8, 1, 4, 1), "COLS", 8),
-    (bench_pool.cases(True, True)[0], PoolConfig(128, 1, 1), "LANES", 128),
+    (bench_pool.cases(True, True)[0], SmallConfig(2, 8, 1, 128, 1), "LANES", 128),
 ]
 
 

@@ -34,10 +34,12 @@ WITHOUT_PRODUCTS = {
     "exchange_probe_kernel",
     "fill_kernel",
     "max_pool_kernel",
+    "max_pool_small_kernel",
     "pick_kernel",
     "reduce_splits_kernel",
     "round_kernel",
     "spread_kernel",
+    "spread_small_kernel",
     "transpose_kernel",
 }
 

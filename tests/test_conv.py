@@ -292,6 +292,30 @@ def test_expanded_and_sliced_tensors(device):
     torch.testing.assert_close(y, F.conv_transpose2d(x, w.transpose(0, 1), stride=2))
 
 
+STRIDED = {
+    "dense": (fused.conv2d, F.conv2d, (4, 3, 3, 3), {}),
+    "depthwise": (fused.conv2d, F.conv2d, (3, 1, 3, 3), {"groups": 3}),
+    "scatter": (fused.conv_transpose2d, F.conv_transpose2d, (3, 4, 2, 2), {"stride": 2}),
+    "phases": (fused.conv_transpose2d, F.conv_transpose2d, (3, 4, 3, 3), {"stride": 2}),
+    "pyramid": (
+        lambda x, w, b: fused.atrous_pyramid(x, [w, w], [b, b], [1, 2]),
+        lambda x, w, b: torch.cat([F.conv2d(x, w, b, 1, d, d) for d in (1, 2)], 1),
+        (4, 3, 3, 3),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("bias", [torch.arange(8.0)[::2], torch.tensor([2.0]).expand(4)], ids=["strided", "expanded"])
+def test_a_bias_that_is_not_contiguous(name, bias, device):
+    """Its memory has other numbers between, or ends after one."""
+    ours, theirs, shape, options = STRIDED[name]
+    x, w = random_tensors(0, (2, 3, 5, 6), shape, dtype=torch.float32, device=device)
+    bias = bias.to(device)[: 3 if options.get("groups") else 4]
+    torch.testing.assert_close(ours(x, w, bias, **options), theirs(x, w, bias, **options), rtol=1e-3, atol=1e-3)
+
+
 def test_every_output_element_is_written(layer, device):
     """Outputs full of NaN beforehand, and NaN around a slice that must stay."""
     axes, shape, c_out, kernel, stride, padding, dilation, groups = layer
@@ -460,6 +484,10 @@ def test_wrong_activation_residual_and_skip_are_named():
         fused.conv_transpose2d(x, w, stride=2, residual=torch.randn(1, 3, 10, 10).double())
     with pytest.raises(ValueError, match=r"shape \(1, channels, 10, 10\).*got \(1, 3, 12, 12\); crop it"):
         fused.conv_transpose2d_concat(x, torch.randn(1, 3, 12, 12), w, stride=2)
+    with pytest.raises(TypeError, match="residual must be a tensor of the output's shape, got float"):
+        fused.conv_transpose2d(x, w, stride=2, residual=3.0)
+    with pytest.raises(TypeError, match="skip must be a tensor to stand beside the up-convolution, got NoneType"):
+        fused.conv_transpose2d_concat(x, None, w, stride=2)
     with pytest.raises(TypeError, match="skip must have the output's dtype"):
         fused.conv_transpose2d_concat(x, torch.randn(1, 3, 10, 10).double(), w, stride=2)
 

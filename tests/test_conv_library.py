@@ -491,6 +491,14 @@ def test_gradient_goes_one_way_with_kernels_and_another_under_a_second_derivativ
     torch.testing.assert_close(first, again)
 
 
+def test_a_bias_that_is_not_contiguous(library, device):
+    """Behind the library's products, too."""
+    x, w, b = random_tensors(12, (2, 16, 5, 5), (4, 16, 3, 3), (8,), dtype=torch.float32, device=device)
+    y = fused.conv2d(x, w, b[::2], activation="relu")
+    torch.testing.assert_close(y, F.conv2d(x, w, b[::2]).relu(), rtol=1e-3, atol=1e-3)
+    assert fused.explain(fused.conv2d, x, w, b[::2]) is functional.LIBRARY
+
+
 def test_expanded_gradient(device):
     x, w, b = random_tensors(12, (2, 4, 5, 5), (4, 4, 3, 3), (4,), dtype=torch.float32, device=device)
     grads = [torch.autograd.grad(f(x, w, b.requires_grad_(), padding=1).sum(), b)[0] for f in (fused.conv2d, F.conv2d)]

@@ -31,7 +31,12 @@ WINDOWS = {
     "large": (2, (1, 2, 9, 9), 6, 3, 2, 1, True),
     "1-D": (1, (2, 3, 11), 3, 2, 1, 1, False),
     "16 channels": (2, (1, 16, 4, 6), 2, 2, 0, 1, False),
+    "rows of 16": (2, (2, 8, 9, 16), 3, 2, 1, 1, False),
+    "stride 1": (2, (1, 8, 6, 8), 3, 1, 1, 1, False),
+    "ragged": (2, (1, 3, 7, 21), (2, 3), (2, 1), (1, 0), 1, True),
+    "stride 3": (2, (1, 2, 7, 24), (3, 4), 3, (0, 2), 1, True),
     "3-D": (3, (1, 2, 5, 4, 6), 2, (1, 2, 2), 0, 1, False),
+    "3-D overlap": (3, (1, 8, 5, 4, 16), 3, 2, 1, 1, False),
 }
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -208,6 +213,13 @@ def test_offsets_outside_are_named(monkeypatch, device):
         fused.max_unpool2d_with_offsets(values, offsets, (4, 4), 2)
 
 
+def test_output_size_of_other_axes_is_named(device):
+    values, offsets = torch.ones(1, 1, 2, 2, device=device), torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device=device)
+    for size in ([5], (4, 4, 4), ()):
+        with pytest.raises(ValueError, match="output_size must have 2 numbers, or 4 as the input has axes, got"):
+            fused.max_unpool2d_with_offsets(values, offsets, size, 2)
+
+
 def test_indices_outside_of_their_window_have_no_offsets():
     indices = torch.tensor([[[[0, 3], [9, 14]]]])
     assert fused.indices_to_offsets(indices, (4, 4), 2)[0, 0].tolist() == [[0, 1], [1, 2]]
@@ -290,9 +302,9 @@ def test_large_strides_and_counts(monkeypatch, device):
     x = torch.empty(2 * gap + 64, dtype=torch.float16, device=device).as_strided((3, 1, 8, 8), (gap, 64, 8, 1))
     x.copy_(torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     expected = F.max_pool2d(x.float().contiguous(), 2, return_indices=True)
-    constants = launch._constants
-    for counted in (constants, lambda *arguments: constants(*arguments) | {"INDEX": tl.int64}):
-        monkeypatch.setattr(launch, "_constants", counted)
+    common = launch._common
+    for counted in (common, lambda *arguments: common(*arguments) | {"INDEX": tl.int64}):
+        monkeypatch.setattr(launch, "_common", counted)
         launch._plan.cache_clear()
         y, indices = fused.max_pool2d(x, 2, return_indices=True)
         assert torch.equal(y.float(), expected[0]) and torch.equal(indices, expected[1])
@@ -388,8 +400,8 @@ def test_whole_numbers_take_torchs_way():
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_neighbours_are_loaded_and_stored_at_once(target):
     """One store of an element, or one load, would cost eight times the instructions: a lane's eight bf16 values are one
-    access of 16 bytes and its offsets one of 8 (AMD, whose warps are wider, halves a lane of the pooling). Only what
-    `pick` reads lies anywhere."""
+    access of 16 bytes and its offsets one of 8, and four windows that share it one of 8 and one of 4 (AMD, whose warps
+    are wider, halves a lane). Only what `pick` reads lies anywhere."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.cross_compile_pool", target],
         cwd=Path(__file__).parents[1],
@@ -400,8 +412,8 @@ def test_neighbours_are_loaded_and_stored_at_once(target):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert len(found) == 6
-    nvidia = {4: "b32", 8: "v2.b32", 16: "v4.b32"}
-    amd = {4: "dword", 8: "dwordx2", 16: "dwordx4"}
+    nvidia = {2: "b16", 4: "b32", 8: "v2.b32", 16: "v4.b32"}
+    amd = {2: "ushort", 4: "dword", 8: "dwordx2", 16: "dwordx4"}
     name = (
         (lambda kind, size: f"global_{kind}_{amd[size]}")
         if target == "gfx942"
@@ -409,11 +421,13 @@ def test_neighbours_are_loaded_and_stored_at_once(target):
     )
     half = 2 if target == "gfx942" else 1
     for case, instructions in found.items():
-        pooling = case.startswith("max_pool_kernel")
-        stored = [8 // half, 16 // half] if pooling else [16]
+        pooling = case.startswith("max_pool_small_kernel")
+        picking = case.startswith("pick_kernel")
+        stored = [8 // half, 16 // half] if pooling else [16] if picking else [16 // half]
         assert instructions["store"] == sorted(name("store", size) for size in stored), case
-        if not case.startswith("pick_kernel"):
-            assert set(instructions["load"]) <= {name("load", size) for size in (8, 16)}, case
+        smallest = 8 if pooling or "channels_last" in case else 4
+        if not picking:
+            assert set(instructions["load"]) <= {name("load", size // half) for size in (smallest, 8, 16)}, case
 
 
 # Kernel, stride, padding, dilation: side by side of 2 and 4 pixels, with gaps, overlaps and holes, over the edges.

@@ -352,6 +352,28 @@ def test_sharded_programs_fit_the_device_at_once(device):
     assert seen == ({RESIDENT, SHARDED, STEPWISE} if device is H200 else {RESIDENT, STEPWISE} | (seen & {SHARDED}))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="one program after the other is the interpreter's way")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_interpreted_programs_wait_for_none(dtype):
+    """A layer whose columns a GPU's programs share would hang."""
+    for batch, hidden in itertools.product((1, 16, 300), (257, 1024, 4096)):
+        assert launch.choose(batch, hidden, 2, torch.empty(0, dtype=dtype), False).regime != SHARDED
+    assert fused.RNN(2, 257, dtype=dtype)(torch.zeros(2, 1, 2, dtype=dtype))[0].shape == (2, 1, 257)
+
+
+@pytest.mark.parametrize("hidden", [2, 16, 17])
+def test_an_overflow_stays_infinite(hidden, device):
+    """Units that only fill a tile up have weights of 0: times infinity that is NaN, and no business of the others."""
+    x = torch.ones(6, 1, 1, device=device)
+    w_ih, w_hh = torch.ones(hidden, 1, device=device), torch.full((hidden, hidden), 1e20, device=device)
+    y, _ = fused.rnn_relu(x, torch.zeros(1, 1, hidden, device=device), [w_ih, w_hh], False, 1, 0.0, False, False, False)
+    expected, _ = torch.rnn_relu(
+        x.cpu(), torch.zeros(1, 1, hidden), [w_ih.cpu(), w_hh.cpu()], False, 1, 0.0, False, False, False
+    )
+    assert expected[-1].isinf().all()
+    torch.testing.assert_close(y.cpu(), expected)
+
+
 def test_explain_names_the_regime():
     ours = fused.RNN(3, 5)
     x, h = torch.randn(4, 2, 3), torch.zeros(1, 2, 5)

@@ -159,6 +159,55 @@ def test_call_errors_are_torchs(input, hx):
         ours(*arguments)
 
 
+# batch_sizes, and the batch of hx: more rows than there are, fewer, growing, no rows in a step, or another batch.
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [
+        ([2, 2, 2], 2),
+        ([2, 2], 2),
+        ([1, 2, 2], 2),
+        ([2, 4, -1], 2),
+        ([2, 2, 1], 3),
+        ([2, 2, 1], 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_hx", [False, True])
+def test_what_is_no_packed_batch_is_torchs(sizes, batch, with_hx):
+    """A kernel would read and write where there are no rows."""
+    ours, theirs = pair(3, 5)
+    data, hx = torch.randn(5, 3, dtype=torch.float64), torch.randn(1, batch, 5, dtype=torch.float64)
+    packed = PackedSequence(data, torch.tensor(sizes))
+    results = []
+    for module in (theirs, ours):
+        try:
+            y, h = module(packed, *[hx] * with_hx)
+            results.append((y.data, h))
+        except Exception as error:
+            results.append((type(error), str(error)))
+    if isinstance(results[0][0], torch.Tensor):
+        torch.testing.assert_close(results[1], results[0])
+    else:
+        assert results[0] == results[1]
+
+
+def test_a_packed_batch_without_steps_is_named():
+    """torch's own would crash."""
+    params = [torch.zeros(5, 3), torch.zeros(5, 5)]
+    with pytest.raises(ValueError, match="batch_sizes is empty: a packed batch has at least one step"):
+        fused.rnn_tanh(
+            torch.zeros(0, 3),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(1, 0, 5),
+            params,
+            False,
+            1,
+            0.0,
+            False,
+            False,
+        )
+
+
 def test_wrong_dtype_is_named():
     ours, theirs = pair(3, 5, torch.float32)
     x = torch.randn(4, 2, 3, dtype=torch.float64)

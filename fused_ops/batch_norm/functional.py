@@ -29,6 +29,7 @@ def _path(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    eps: float,
     residual: Tensor | None,
     input_bias: Tensor | None,
 ) -> Path:
@@ -46,6 +47,8 @@ def _path(
             return REFUSED
     if input.numel() == channels if training else running_mean is None:
         return REFUSED  # one value has no variance; and without statistics there is nothing to normalise by
+    if not eps > 0:
+        return REFUSED
     # As if the input passed by once, not eight times: torch's own is slow where the host waits for it, too (17 MB in
     # bf16 take it 0.36 ms on an H200, bench/results/batch_norm_relu_nvidia-h200.csv).
     if is_short(input.numel(), input, weight, bias, residual, input_bias):
@@ -56,7 +59,7 @@ def _path(
 def _planner(
     input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, input_bias
 ) -> Path:
-    return _path(input, running_mean, running_var, weight, bias, training, residual, input_bias)
+    return _path(input, running_mean, running_var, weight, bias, training, eps, residual, input_bias)
 
 
 def _check_input_bias(input_bias: Tensor, input: Tensor) -> None:
@@ -111,7 +114,7 @@ def batch_norm(
     relu = is_relu(activation)
     if input_bias is not None:
         _check_input_bias(input_bias, input)
-    if _path(input, running_mean, running_var, weight, bias, training, residual, input_bias).name == ATEN:
+    if _path(input, running_mean, running_var, weight, bias, training, eps, residual, input_bias).name == ATEN:
         input = input if input_bias is None else _add(input, input_bias)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return finish(y, relu, residual)

@@ -174,6 +174,7 @@ def conv_relu(
     # cuDNN's choice of a kernel depends on all of these.
     modes = x.dtype, tf32, bias is None, torch._C._get_cudnn_benchmark(), x.device.index
     layer = (*modes, x.shape, x.stride(), weight.shape, weight.stride(), geometry)
+    bias = None if bias is None else bias.contiguous()
     known = _keeps_nan.get(layer, 0)
     if not isinstance(known, bool):
         if known < SIGHTINGS or torch.cuda.is_current_stream_capturing():

@@ -463,6 +463,8 @@ def conv_transpose2d_concat(
     and the one that does.
     """
     relu = is_relu(activation)
+    if not isinstance(skip, Tensor):
+        raise TypeError(f"skip must be a tensor to stand beside the up-convolution, got {type(skip).__name__}")
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
     call = _call(_bind_transposed, 2, arguments)
     if call is None or _is_short_concat(call, skip, weight, bias):

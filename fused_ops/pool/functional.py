@@ -171,6 +171,10 @@ def _from_offsets(axes: int, input, offsets, output_size, kernel_size, stride, p
     windows = _windows(axes, input.shape, kernel_size, stride, padding, dilation)
     if windows is None:
         raise ValueError(f"input of shape {tuple(input.shape)} and these windows do not fit {axes} axes")
+    if len(output_size) not in (axes, input.dim()):
+        raise ValueError(
+            f"output_size must have {axes} numbers, or {input.dim()} as the input has axes, got {tuple(output_size)}"
+        )
     call = _call(axes, input, windows, tuple(output_size)[-axes:])
     if offsets.dtype != torch.uint8 or offsets.shape != input.shape:
         raise ValueError(

@@ -90,14 +90,31 @@ def _refused(call: Call) -> bool:
     """Whether the call is for torch's own function, to raise its own error."""
     if not isinstance(call.input, Tensor) or call.input.dim() != (3 if call.batch_sizes is None else 2):
         return True
-    no_steps = call.batch_sizes is None and call.input.shape[call.time_axis] == 0
-    return no_steps or not _shapes_fit(call, _batch(call))
+    if call.batch_sizes is None:
+        steps = call.input.shape[call.time_axis] > 0
+    else:
+        steps = _is_packed(call.batch_sizes, call.input.shape[0])
+    return not steps or not _shapes_fit(call, _batch(call))
+
+
+def _is_packed(batch_sizes: Tensor, rows: int) -> bool:
+    """Whether these are the sizes of steps that together have so many rows, none of them larger than the one before: a
+    kernel would go where no row is. Raises ValueError where there is no step."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+        return False
+    if batch_sizes.numel() == 0:
+        raise ValueError("batch_sizes is empty: a packed batch has at least one step")
+    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor:  # values are not known
+        return True
+    sizes = batch_sizes.tolist()
+    return sum(sizes) == rows and sizes[-1] > 0 and sizes == sorted(sizes, reverse=True)
 
 
 def _batch(call: Call) -> int:
     if call.batch_sizes is None:
         return call.input.shape[1 - call.time_axis]
-    return call.hx.shape[1] if call.hx is not None and call.hx.dim() == 3 else int(call.batch_sizes[0])
+    known = not torch.compiler.is_compiling() and type(call.batch_sizes) is Tensor
+    return call.hx.shape[1] if call.hx is not None and not known else int(call.batch_sizes[0])
 
 
 def _cast(call: Call) -> Call:

@@ -139,6 +139,7 @@ def add_epilogue(y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Ten
     channels_last; bias (K,)."""
     if y.numel() == 0:
         return
+    bias = None if bias is None else bias.contiguous()
     with device_guard(y):
         plan_epilogue(layout_of(y), y.dtype).launch(
             y, bias, residual, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu

@@ -91,6 +91,7 @@ def _launch_forward(
     for axis, residues in enumerate(plan.residues):
         weight = weight.unflatten(2 + 2 * axis, (-1, residues))
     weight = prepare_weight(weight, plan.axes, plan.rounds)
+    bias = None if bias is None else bias.contiguous()
     tables = () if plan.table is None else (zones.on_device(plan.table, x.device),)
     with device_guard(x):
         plan.launch(

@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from ..lanes import chunks, holds, lane_axis, lane_start, lanes_along, positions, unpack, whole
 from ..tile import inside, residue_phase, unravel
 from .store import store_row
 from .tile import (
@@ -15,18 +16,10 @@ from .tile import (
     across,
     add_products,
     along,
-    chunks,
-    holds,
-    lane_axis,
     lane_pointers,
-    lane_start,
-    lanes_along,
     load_lanes,
-    positions,
     taps_until,
     terms,
-    unpack,
-    whole,
 )
 
 

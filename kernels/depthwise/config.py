@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..lanes import LaneAxis, chunks, lane_axis, positions
 from ..runtime import INTERPRETED, Device
-from .tile import LaneAxis, chunks, lane_axis, positions
 
 WARPS = 4
 LANES = 32 * WARPS

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..conv.launch import launch_split
 from ..conv.plan import Geometry, index_dtype
-from ..runtime import INTERPRETED, Device, Layout, Plan, device_guard, device_of, layout_of, three
+from ..lanes import ASSEMBLY
+from ..runtime import Device, Layout, Plan, device_guard, device_of, layout_of, three
 from .apply import depthwise_apply_kernel
 from .config import (
     GROUP_TERMS,
@@ -28,7 +29,6 @@ from .config import (
 from .weight_grad import depthwise_weight_grad_kernel
 
 # Compiled for NVIDIA: elsewhere, and interpreted, there is none of its assembly.
-ASSEMBLY = not INTERPRETED and torch.version.hip is None
 
 
 def takes(weight: Sequence[int], groups: int) -> bool:
@@ -264,6 +264,7 @@ def _launch_forward(
         return
     plan = plan_apply(layout_of(x), weight.shape, layout_of(y), geometry, x.dtype, transposed)
     packed = _pack_weight(weight, _groups(weight.shape, geometry.groups)[1], plan.constants)
+    bias = None if bias is None else bias.contiguous()
     with device_guard(x):
         plan.launch(
             x,

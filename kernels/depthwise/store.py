@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .tile import pack
+from ..lanes import pack
 
 
 @triton.jit

@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from ..lanes import chunks, holds, lane_axis, lane_start, lanes_along, positions, whole
 from ..tile import divide_by, divisor, inside
 from .tile import (
     RUNTIME,
@@ -14,16 +15,9 @@ from .tile import (
     across,
     add_products,
     along,
-    chunks,
-    holds,
-    lane_axis,
     lane_pointers,
-    lane_start,
-    lanes_along,
     load_lanes,
-    positions,
     terms,
-    whole,
 )
 
 

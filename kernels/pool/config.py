@@ -8,7 +8,6 @@ from ..runtime import INTERPRETED
 THREADS = 128
 INTERPRETED_LANES = 4096  # the interpreter's time goes by programs, not by their size
 LANE_BYTES = 16  # of the result: a load or store of a thread is at most that wide
-SPREAD_BYTES = 32  # where what is read has half the elements or less
 PLANE_BLOCK = 1024  # elements of a plane that one program claims or fills
 UNROLLED = 72  # elements that a lane goes over without a loop, at most
 LOOP_BODY = 32  # and in a loop's body

@@ -12,17 +12,10 @@ import triton
 import triton.language as tl
 
 from ..runtime import INTERPRETED, Plan, device_guard, three
-from .config import LANE_BYTES, PLANE_BLOCK, SPREAD_BYTES, PoolConfig, choose_config
+from . import config, plan_small
+from .plan_small import Windows
 from .pool import claim_kernel, fill_kernel, max_pool_kernel, pick_kernel, spread_kernel
-
-
-class Windows(NamedTuple):
-    """The windows of a pooling, axis by axis (one to three axes)."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+from .small import max_pool_small_kernel, spread_small_kernel
 
 
 def _is_padded(windows: Windows, size: Sequence[int], out: Sequence[int]) -> bool:
@@ -40,92 +33,37 @@ def _read_vector(read: torch.Tensor, channels_last: bool) -> int:
     return math.gcd(16, n, *others) if along == 1 else 1
 
 
-def _constants(
-    windows: Windows,
-    result: torch.Tensor,
-    read: torch.Tensor,
-    index: torch.Tensor,
-    lane_bytes: int = LANE_BYTES,
-) -> dict[str, Any]:
+def _common(windows: Windows, result: torch.Tensor, read: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
     """Compile-time arguments of the kernels that know windows; `result` is what they write, `read` what they read."""
     constants: dict[str, Any] = {}
-    for letter, values in zip("KSD", (windows.kernel, windows.stride, windows.dilation), strict=True):
+    for letter, values in zip("KS", (windows.kernel, windows.stride), strict=True):
         constants |= {letter + axis: value for axis, value in zip("DHW", three(values, 1), strict=True)}
-    channels_last = result.stride(1) == 1 and result.shape[1] > 1
     return constants | {
         "NDIM": len(windows.kernel),
-        "CHANNELS_LAST": channels_last,
+        "CHANNELS_LAST": result.stride(1) == 1 and result.shape[1] > 1,
         "INDEX": tl.int32 if max(result.numel(), read.numel()) < 2**31 - 2**16 else tl.int64,
         "OFFSETS": index.dtype == torch.uint8,
-        "U": math.gcd(lane_bytes // result.element_size(), result.shape[1 if channels_last else -1]),
     }
 
 
-def _block(config: PoolConfig) -> dict[str, Any]:
-    return {"LANES": config.lanes, "num_warps": config.num_warps}
-
-
-def _stands_side_by_side(windows: Windows, read: torch.Tensor, constants: dict[str, Any]) -> bool:
-    """Whether along W neither overlap nor gap is between the windows, and memory is contiguous."""
-    return (
-        not constants["CHANNELS_LAST"]
-        and windows.kernel[-1] == windows.stride[-1]
-        and windows.dilation[-1] == 1
-        and windows.padding[-1] == 0
-        and read.stride(-1) == 1
-    )
-
-
-def pool_constants(windows: Windows, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
-    """Those of `max_pool_kernel`."""
-    constants = _constants(windows, y, x, index)
-    padded = _is_padded(windows, x.shape[2:], y.shape[2:])
-    tiled = _stands_side_by_side(windows, x, constants) and windows.kernel[-1] == 2 and not padded
-    steps = math.prod(windows.kernel[:-1] if tiled else windows.kernel)
-    config = choose_config(steps, constants["U"] * (2 if tiled else 1))
-    return (
-        constants
-        | _block(config)
-        | {
-            "READ_VEC": _read_vector(x, constants["CHANNELS_LAST"]),
-            "TILED": tiled,
-            "PADDED": padded,
-            "UNROLL": config.unroll,
-            "ACC": tl.float64 if y.dtype == torch.float64 else tl.float32,
-        }
-    )
-
-
-def spread_constants(
-    windows: Windows, y: torch.Tensor, x: torch.Tensor, index: torch.Tensor, total: bool
+def _any_size(
+    kernel: Any, windows: Windows, common: dict[str, Any], result: torch.Tensor, read: torch.Tensor
 ) -> dict[str, Any]:
-    """Those of `spread_kernel`."""
-    constants = _constants(windows, x, y, index, SPREAD_BYTES)
-    stride = windows.stride[-1]
-    tiled = (
-        _stands_side_by_side(windows, y, constants)
-        and constants["U"] % stride == 0
-        and y.shape[-1] * stride == x.shape[-1]
-    )
-    axes = zip(windows.kernel, windows.stride, windows.dilation, strict=True)
-    config = choose_config(math.prod(-(-k // s) if d == 1 else k for k, s, d in axes), constants["U"])
-    return (
-        constants
-        | _block(config)
-        | {
-            "READ_VEC": _read_vector(y, constants["CHANNELS_LAST"]),
-            "TILED": tiled,
-            "UNROLL": config.unroll,
-            "SUM": total,
-            "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        }
-    )
-
-
-def pick_constants(windows: Windows, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
-    """Those of `pick_kernel`."""
-    constants = _constants(windows, y, x, index)
-    return constants | _block(choose_config(1, constants["U"]))
+    """Compile-time arguments beside the `common` ones of the kernels for windows of any size."""
+    last = common["CHANNELS_LAST"]
+    constants: dict[str, Any] = {f"D{axis}": d for axis, d in zip("DHW", three(windows.dilation, 1), strict=True)}
+    constants["U"] = math.gcd(config.LANE_BYTES // result.element_size(), result.shape[1 if last else -1])
+    steps = 1
+    if kernel is max_pool_kernel:
+        constants["PADDED"] = _is_padded(windows, read.shape[2:], result.shape[2:])
+        steps = math.prod(windows.kernel)
+    elif kernel is spread_kernel:
+        axes = zip(windows.kernel, windows.stride, windows.dilation, strict=True)
+        steps = math.prod(-(-k // s) if d == 1 else k for k, s, d in axes)
+    lanes = config.choose_config(steps, constants["U"])
+    if kernel is not pick_kernel:
+        constants |= {"READ_VEC": _read_vector(read, last), "UNROLL": lanes.unroll}
+    return constants | {"LANES": lanes.lanes, "num_warps": lanes.num_warps}
 
 
 class Layout(NamedTuple):
@@ -144,30 +82,36 @@ def _layout_of(tensor: torch.Tensor) -> Layout:
     return Layout(tensor.shape, tensor.stride(), tensor.dtype)
 
 
+SMALL = {max_pool_kernel: max_pool_small_kernel, spread_kernel: spread_small_kernel}
+
+
+def chosen(
+    kernel: Any, windows: Windows, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, total: bool
+) -> tuple[Any, dict[str, Any], int]:
+    """The kernel that does what this one is asked for, its compile-time arguments, and its lanes."""
+    back = kernel is spread_kernel
+    result, read = (x, y) if back else (y, x)
+    constants = _common(windows, result, read, index)
+    if kernel is not pick_kernel:
+        constants["ACC"] = tl.float64 if result.dtype == torch.float64 else tl.float32
+    if back:
+        constants["SUM"] = total
+    if kernel in SMALL and plan_small.is_small(windows):
+        own, lanes = plan_small.constants(windows, constants, result, read, back=back)
+        return SMALL[kernel], constants | own, lanes
+    own = _any_size(kernel, windows, constants, result, read)
+    return kernel, constants | own, result.numel() // own["U"]
+
+
 @lru_cache(maxsize=4096)
 def _plan(kernel: Any, windows: Windows, x_layout: Layout, y_layout: Layout, index: torch.dtype, total: bool) -> Plan:
     """Of the kernels that know windows; `total` is the spread's."""
     x, y = x_layout.tensor(), y_layout.tensor()
-    place = torch.empty(0, dtype=index, device="meta")
-    result, read = (x, y) if kernel is spread_kernel else (y, x)
-    if kernel is max_pool_kernel:
-        constants = pool_constants(windows, x, y, place)
-    elif kernel is spread_kernel:
-        constants = spread_constants(windows, y, x, place, total)
-    else:
-        constants = pick_constants(windows, x, y, place)
-    lanes = result.numel() // constants["U"]
-    n, c, *spatial = read.stride()
-    sizes = (
-        lanes,
-        result.shape[1],
-        *three(x.shape[2:], 1),
-        *three(y.shape[2:], 1),
-        *three(windows.padding, 0),
-        n,
-        c,
-        *three(spatial, 0),
-    )
+    n, c, *spatial = (y if kernel is spread_kernel else x).stride()
+    kernel, constants, lanes = chosen(kernel, windows, x, y, torch.empty(0, dtype=index, device="meta"), total)
+    axes = zip("DHW", three(windows.padding, 0), strict=True)
+    padding = [pad for axis, pad in axes if f"PAD_{axis}" not in constants]
+    sizes = (lanes, x.shape[1], *three(x.shape[2:], 1), *three(y.shape[2:], 1), *padding, n, c, *three(spatial, 0))
     return Plan(kernel, (triton.cdiv(lanes, constants["LANES"]),), sizes, constants)
 
 
@@ -219,7 +163,7 @@ def max_unpool(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
     planes, outside, inside = x.shape[0] * x.shape[1], math.prod(y.shape[2:]), math.prod(x.shape[2:])
     large = max(outside, inside) >= 2**31 - 2**16
     owner = torch.full(x.shape, -1, dtype=torch.int64 if large else torch.int32, device=x.device)
-    block = PLANE_BLOCK * (8 if INTERPRETED else 1)
+    block = config.PLANE_BLOCK * (8 if INTERPRETED else 1)
     constants = {"INDEX": tl.int64 if large else tl.int32, "BLOCK": block, "num_warps": 4}
     with device_guard(x):
         if y.numel():

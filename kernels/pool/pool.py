@@ -1,9 +1,9 @@
-"""Kernels of max-pooling and unpooling. A lane has U elements of the result that lie side by side in memory.
+"""Kernels of max-pooling and unpooling, for windows of any size. A lane has U elements of the result that lie side by
+side in memory.
 
 They are channels of one pixel where channels come last, else pixels of one row (U divides the row): where they are is
-found once for all, and they are written in one store. Where windows neither overlap nor reach over the edge along W,
-and stand side by side there (TILED), a lane's part of the other tensor is one piece too. READ_VEC divides all strides
-of the tensor that is read but that of 1 along which lanes lie.
+found once for all, and they are written in one store. READ_VEC divides all strides of the tensor that is read but that
+of 1 along which lanes lie.
 """
 
 import triton
@@ -140,7 +140,6 @@ def max_pool_kernel(
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     READ_VEC: tl.constexpr,
-    TILED: tl.constexpr,
     PADDED: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -149,10 +148,7 @@ def max_pool_kernel(
     U: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """y[o] = max over the window of o, and its place.
-
-    Without PADDED no window reaches over an edge; TILED windows have 2 pixels along W.
-    """
+    """y[o] = max over the window of o, and its place. Without PADDED no window reaches over an edge."""
     element, mask, n, c, d, h, first = locate(TOTAL, C, OD, OH, OW, NDIM, CHANNELS_LAST, INDEX, U, LANES)  # pyright: ignore[reportGeneralTypeIssues]
     c, w = spread_out(c, first, CHANNELS_LAST, U)  # pyright: ignore[reportGeneralTypeIssues]
     d = d * SD - PAD_D
@@ -175,25 +171,17 @@ def max_pool_kernel(
     else:
         where = tl.where(there, ((d + tap_d * DD) * IH + h + tap_h * DH) * IW + w + tap_w * DW, -1)
     where = tl.broadcast_to(where, [LANES, U]).to(INDEX)
-    ACROSS: tl.constexpr = tl.constexpr(1) if TILED else KW
-    for step in tl.range(KD * KH * ACROSS, loop_unroll_factor=UNROLL):
-        i_d = d + step // (KH * ACROSS) * DD
-        i_h = h + step // ACROSS % KH * DH
+    for step in tl.range(KD * KH * KW, loop_unroll_factor=UNROLL):
+        i_d = d + step // (KH * KW) * DD
+        i_h = h + step // KW % KH * DH
+        i_w = w + step % KW * DW
         row = x_ptr + row_offset(n, c, i_d, i_h, stride_n, stride_c, stride_d, stride_h, NDIM, CHANNELS_LAST, READ_VEC)
-        place = (i_d * IH + i_h) * IW
-        if TILED:
-            x = tl.load(row + (first * 2 + tl.arange(0, 2 * U)[None, :]), mask=mask, other=0.0).to(ACC)
-            even, odd = tl.split(tl.reshape(x, [LANES, U, 2]))
-            best, where = larger(best, where, even, step * 2 if OFFSETS else place + w)
-            best, where = larger(best, where, odd, step * 2 + 1 if OFFSETS else place + w + 1)
-        else:
-            i_w = w + step % ACROSS * DW
-            there = mask
-            if PADDED:
-                there = mask & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
-            offs = column_offset(c, i_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
-            x = tl.load(row + offs, mask=there, other=float("-inf")).to(ACC)
-            best, where = larger(best, where, x, step if OFFSETS else place + i_w)
+        there = mask
+        if PADDED:
+            there = mask & in_bounds(i_d, i_h, i_w, ID, IH, IW, NDIM)
+        offs = column_offset(c, i_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
+        x = tl.load(row + offs, mask=there, other=float("-inf")).to(ACC)
+        best, where = larger(best, where, x, step if OFFSETS else (i_d * IH + i_h) * IW + i_w)
     tl.store(y_ptr + element, best.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(index_ptr + element, where.to(index_ptr.dtype.element_ty), mask=mask)
 
@@ -252,7 +240,6 @@ def spread_kernel(
     NDIM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     READ_VEC: tl.constexpr,
-    TILED: tl.constexpr,
     INDEX: tl.constexpr,
     OFFSETS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -274,21 +261,12 @@ def spread_kernel(
         o_h, tap_h, hit = window_of(back // STEPS_W % STEPS_H, h, PAD_H, OH, KH, SH, DH)  # pyright: ignore[reportGeneralTypeIssues]
         there = there & hit & mask
         row = row_offset(n, c, o_d, o_h, stride_n, stride_c, stride_d, stride_h, NDIM, CHANNELS_LAST, READ_VEC)
-        if TILED:
-            WINDOWS: tl.constexpr = U // SW
-            o_w = first // SW + tl.arange(0, WINDOWS)[None, :]
-            place = tl.load(index_ptr + row + o_w, mask=there, other=0)
-            y = tl.load(y_ptr + row + o_w, mask=there, other=0.0)
-            place = tl.reshape(tl.broadcast_to(place[:, :, None], [LANES, WINDOWS, SW]), [LANES, U])
-            y = tl.reshape(tl.broadcast_to(y[:, :, None], [LANES, WINDOWS, SW]), [LANES, U])
-            tap_w = tl.arange(0, U)[None, :] % SW
-        else:
-            o_w, tap_w, hit = window_of(back % STEPS_W, w, PAD_W, OW, KW, SW, DW)  # pyright: ignore[reportGeneralTypeIssues]
-            there = there & hit
-            offs = row + column_offset(c, o_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
-            place = tl.load(index_ptr + offs, mask=there, other=0)
-            # Not only where the place is here: then this load would wait for the other, lane by lane.
-            y = tl.load(y_ptr + offs, mask=there, other=0.0)
+        o_w, tap_w, hit = window_of(back % STEPS_W, w, PAD_W, OW, KW, SW, DW)  # pyright: ignore[reportGeneralTypeIssues]
+        there = there & hit
+        offs = row + column_offset(c, o_w, stride_c, stride_w, CHANNELS_LAST, READ_VEC)
+        place = tl.load(index_ptr + offs, mask=there, other=0)
+        # Not only where the place is here: then this load would wait for the other, lane by lane.
+        y = tl.load(y_ptr + offs, mask=there, other=0.0)
         here = (tap_d * KH + tap_h) * KW + tap_w if OFFSETS else (d * IH + h) * IW + w
         hit = there & (place == here)
         y = y.to(ACC)

@@ -34,7 +34,13 @@ def uses_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:
 def choose(batch: int, hidden: int, directions: int, like: torch.Tensor, tf32: bool) -> RnnConfig:
     """The configuration that `scan` takes for a layer of this size, in the dtype and on the device of `like`."""
     tensor_cores = uses_tensor_cores(like.dtype, tf32)
-    return choose_config(batch, hidden, directions, like.dtype.itemsize, tensor_cores, device_of(like))
+    return choose_config(batch, hidden, directions, like.dtype.itemsize, tensor_cores, _device_of(like))
+
+
+def _device_of(tensor: torch.Tensor) -> Device:
+    """The interpreter runs one program after the other, so that none may wait for a later one."""
+    device = device_of(tensor)
+    return device._replace(multiprocessors=1) if INTERPRETED else device
 
 
 MAX_REGISTERS = 248  # of a thread: 8 warps of them fit a multiprocessor's 65536
@@ -116,7 +122,7 @@ def scan(
     steps, batch = (packing.offsets.numel() - 1, packing.batch) if packing else x.shape[:2]
     b_ih, b_hh = biases or (None, None)
     flags = packing is not None, b_ih is not None, first is not None, factor is not None, last is not None
-    regime, plan = _plan(steps, batch, x.shape, x.stride(), x.dtype, flags, effect, backward, tf32, device_of(x))
+    regime, plan = _plan(steps, batch, x.shape, x.stride(), x.dtype, flags, effect, backward, tf32, _device_of(x))
     weight = matrix if transposed else matrix.mT
     if not weight.is_contiguous():
         weight = weight.contiguous()

@@ -102,6 +102,8 @@ def rnn_resident_kernel(
         t, later_start, later_end = locate(step + 2, pid_d, offsets_ptr, T, B, BACKWARD, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
         product = dot(state, w, tl.zeros([BLOCK_B, BLOCK_N], dtype=ACC), PRECISION, UPCAST)
         y = apply(product_to_memory(product, R, W, V), first, x, bias, gate, rows, previous_size, EFFECT, HAS_BIAS)
+        if BLOCK_N > H and EFFECT != "tanh":  # a state that overflowed, times their zeros, is NaN
+            y = tl.where(units < H, y, 0.0)
         store(y_ptr, y, start, size, rows, units, pid_d, H, D)
         if HAS_FACTOR:
             store(factor_ptr, 1 - y * y, start, size, rows, units, pid_d, H, D)

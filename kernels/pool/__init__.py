@@ -7,6 +7,7 @@
 
 `spread` looks, for every pixel, at the windows that reach it, and so writes each pixel once: nothing is zeroed before,
 nothing depends on the order of threads. `max_unpool` knows no windows: the last o that claims a pixel is found first.
+For small windows, `max_pool` and `spread` have kernels of their own.
 """
 
 from .launch import Windows, max_pool, max_unpool, pick, spread

@@ -10,7 +10,7 @@ import torch
 from ..lanes import ASSEMBLY
 from ..runtime import three
 from .config import LANE_BYTES
-from .small_config import SMALL, SMALL_STRIDE, choose_config
+from .small_config import MOST_ROWS, SMALL, SMALL_STRIDE, choose_config
 
 
 class Windows(NamedTuple):
@@ -39,8 +39,8 @@ def constants(
     last = common["CHANNELS_LAST"]
     channels = result.shape[1] if last else 0
     # Indices take twice the registers of offsets, and a loop over depth what it hands on.
-    few = not common["OFFSETS"] or (common["NDIM"] == 3 and not back)
-    config = choose_config((height, width), channels, result.element_size(), (steps[0], steps[1]), few)
+    rows = MOST_ROWS >> (not common["OFFSETS"]) >> (common["NDIM"] == 3)
+    config = choose_config((height, width), channels, result.element_size(), (steps[0], steps[1]), rows)
     n, c, *spatial = read.stride()
     along, others = (c, spatial) if last else (spatial[-1], [c, *spatial[:-1]])
     reach = config.channels if last else config.u // steps[1] if back else config.u * windows.stride[-1]

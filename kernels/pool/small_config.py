@@ -12,7 +12,7 @@ from .config import INTERPRETED, INTERPRETED_LANES, LANE_BYTES, THREADS
 
 SMALL = 9  # taps along H and W, or along D, of a window that `small` is for: the compiler takes their cube
 SMALL_STRIDE = 4
-FEW_ROWS, MOST_ROWS = 2, 4  # of a lane: more share little more
+MOST_ROWS = 4  # of a lane: more share little more
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class SmallConfig:
 
 @lru_cache(maxsize=4096)
 def choose_config(
-    size: tuple[int, int], channels: int, itemsize: int, steps: tuple[int, int], few: bool
+    size: tuple[int, int], channels: int, itemsize: int, steps: tuple[int, int], rows: int
 ) -> SmallConfig:
     """For a result of this height and width; `channels` is 0 where they don't come last. Of the way back `steps` are
-    the windows' strides, of which a lane holds a multiple, else 1. `few`: rows, for the registers' sake."""
+    the windows' strides, of which a lane holds a multiple, else 1. At most so many `rows`, if a stride has not more."""
     (height, width), whole = size, LANE_BYTES // itemsize
     lanes = INTERPRETED_LANES if INTERPRETED else THREADS
-    most = max((FEW_ROWS if few else MOST_ROWS) // steps[0], 1) if height > 1 else 1
-    v = steps[0] * max(gcd(-(-height // steps[0]), most), min(FEW_ROWS, most))
+    most = max(rows // steps[0], 1) if height > 1 else 1
+    v = steps[0] * max(gcd(-(-height // steps[0]), most), min(2, most))
     if channels:
         return SmallConfig(v, steps[1], gcd(whole, channels), lanes, THREADS // 32)
     # A row that ends within a lane is written column by column: better than lanes of few columns.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -213,6 +214,17 @@ def test_offsets_outside_are_named(monkeypatch, device):
     monkeypatch.setenv("BACKSTRIDE_CHECK_INDICES", "1")
     with pytest.raises(RuntimeError, match=r"Found an invalid max index: 9 \(output volumes are of size 4x4\)"):
         fused.max_unpool2d_with_offsets(values, offsets, (4, 4), 2)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_padding_of_more_than_half_a_kernel_is_torchs_to_refuse(axes, device):
+    """Holes between its taps make a kernel no larger there."""
+    x, windows = torch.randn(1, 1, *[9] * axes, device=device), (3, 1, 2, 3)
+    with pytest.raises(RuntimeError) as expected:
+        POOL[axes](x, *windows)
+    for name in (f"max_pool{axes}d", f"max_pool{axes}d_with_offsets"):
+        with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+            getattr(fused, name)(x, *windows)
 
 
 def test_output_size_of_other_axes_is_named(device):

@@ -68,7 +68,7 @@ def _pooled(
     size = []
     for i, k, s, p, d in zip(shape[-axes:], *windows, strict=True):
         span = d * (k - 1) + 1
-        if p > span // 2:
+        if p > k // 2:  # torch's limit, dilated or not
             return None
         room = i + 2 * p - span
         o = -(-room // s) + 1 if ceil_mode else room // s + 1

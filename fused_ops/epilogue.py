@@ -16,8 +16,8 @@ def is_relu(activation: str | None) -> bool:
     return activation == "relu"
 
 
-def check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raises ValueError or TypeError unless the residual has the output's shape and dtype."""
+def check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError or TypeError unless the residual has the output's shape and dtype, and lies on its device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor of the output's shape, got {type(residual).__name__}")
     if residual.shape != torch.Size(shape):
@@ -26,11 +26,18 @@ def check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype) -
         )
     if residual.dtype != dtype:
         raise TypeError(f"residual must have the output's dtype {dtype}, got {residual.dtype}; convert it")
+    check_device("residual", residual, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless a tensor lies where the output does: a kernel would take its address for one there."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the output's device {device}, got {tensor.device}; move it")
 
 
 def finish(y: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
     """relu(y + residual), each part optional, by torch's own ops."""
     if residual is not None:
-        check_residual(residual, y.shape, y.dtype)
+        check_residual(residual, y.shape, y.dtype, y.device)
         y = y + residual
     return F.relu(y) if relu else y

@@ -2,6 +2,7 @@
 
 import backstride.fused_ops as fused
 import torch
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils.rnn import pack_sequence
 
 from .interpretation import accelerate
@@ -24,6 +25,26 @@ def check(module: fused.RNN, dynamic: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+def check_sizes() -> None:
+    """One graph for all numbers of steps and sequences, its gradients included."""
+    module = fused.RNN(3, 5)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps in range(3, 16):  # more than may be compiled anew
+        x = torch.randn(steps, 2 + steps % 3, 3, requires_grad=True)
+        tensors = [x, *module.parameters()]
+        grads = [torch.autograd.grad(f(x)[0].square().sum(), tensors) for f in (module, compiled)]
+        torch.testing.assert_close(*grads)
+
+
+def check_ensemble() -> None:
+    """torch.func's, where torch's own function has no rule for it."""
+    modules = [fused.RNN(3, 5) for _ in range(2)]
+    params, buffers = stack_module_state(modules)
+    x = torch.randn(4, 2, 3)
+    outputs = vmap(lambda p, b: functional_call(modules[0], (p, b), (x,))[0])(params, buffers)
+    torch.testing.assert_close(outputs, torch.stack([module(x)[0] for module in modules]))
+
+
 def check_packed() -> None:
     module = fused.RNN(3, 5, bidirectional=True)
     params = list(module.parameters())
@@ -42,3 +63,5 @@ if __name__ == "__main__":
     check(fused.RNN(3, 5), dynamic=False)
     check(fused.RNN(3, 5, 2, "relu", bidirectional=True, batch_first=True), dynamic=True)
     check_packed()
+    check_sizes()
+    check_ensemble()

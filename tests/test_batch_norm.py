@@ -354,6 +354,16 @@ def test_residual_and_activation_that_do_not_fit():
         call(residual=x.half())
 
 
+def test_statistics_stay_where_a_residual_is_refused(device):
+    x, mean, var, *_ = arguments((3, 4, 5, 6), device=device)
+    before = mean.clone(), var.clone()
+    with pytest.raises(ValueError, match="residual must have the output's shape"):
+        fused.batch_norm(x, mean, var, training=True, residual=x[..., :1])
+    with pytest.raises(ValueError, match="residual must be on the output's device"):
+        fused.batch_norm(x, mean, var, training=True, residual=x.to("meta"))
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+
+
 REFUSED = {
     "one value for a channel": (lambda: (torch.randn(1, 3), None, None, None, None, True), ValueError),
     "no statistics to normalise by": (lambda: (torch.randn(2, 3), None, None), RuntimeError),

@@ -307,6 +307,24 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("name", STRIDED)
+def test_gradients_have_memory_of_their_own(name, device):
+    """A second backward adds in place, and doubles them."""
+    ours, _, shape, options = STRIDED[name]
+    leaves = random_tensors(
+        0, (2, 3, 5, 6), shape, (3 if options.get("groups") else 4,), dtype=torch.float32, device=device
+    )
+    for leaf in leaves:
+        leaf.requires_grad_()
+    once = torch.autograd.grad(ours(*leaves, **options).square().sum(), leaves)
+    for _ in range(2):
+        ours(*leaves, **options).square().sum().backward()
+    grads = [leaf.grad for leaf in leaves]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+    for twice, single in zip(grads, once, strict=True):
+        torch.testing.assert_close(twice, 2 * single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STRIDED)
 @pytest.mark.parametrize("bias", [torch.arange(8.0)[::2], torch.tensor([2.0]).expand(4)], ids=["strided", "expanded"])
 def test_a_bias_that_is_not_contiguous(name, bias, device):
     """Its memory has other numbers between, or ends after one."""
@@ -488,6 +506,10 @@ def test_wrong_activation_residual_and_skip_are_named():
         fused.conv_transpose2d(x, w, stride=2, residual=3.0)
     with pytest.raises(TypeError, match="skip must be a tensor to stand beside the up-convolution, got NoneType"):
         fused.conv_transpose2d_concat(x, None, w, stride=2)
+    with pytest.raises(ValueError, match="residual must be on the output's device cpu, got meta; move it"):
+        fused.conv_transpose2d(x, w, stride=2, residual=torch.randn(1, 3, 10, 10, device="meta"))
+    with pytest.raises(ValueError, match="skip must be on the output's device cpu, got meta; move it"):
+        fused.conv_transpose2d_concat(x, torch.randn(1, 3, 10, 10, device="meta"), w, stride=2)
     with pytest.raises(TypeError, match="skip must have the output's dtype"):
         fused.conv_transpose2d_concat(x, torch.randn(1, 3, 10, 10).double(), w, stride=2)
 

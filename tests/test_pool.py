@@ -234,6 +234,22 @@ def test_output_size_of_other_axes_is_named(device):
             fused.max_unpool2d_with_offsets(values, offsets, size, 2)
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_offsets_of_an_unbatched_image(axes, device):
+    x = torch.randn(2, *[6] * axes, device=device)
+    pool = getattr(fused, f"max_pool{axes}d_with_offsets")
+    offsets = pool(x, 2)[1]
+    indices = POOL[axes](x, 2, return_indices=True)[1]
+    assert torch.equal(fused.offsets_to_indices(offsets, x.shape[1:], 2), indices)
+    assert torch.equal(fused.indices_to_offsets(indices, x.shape[1:], 2), offsets)
+
+
+def test_places_on_another_device_are_named():
+    values, offsets = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match="offsets must be on the output's device cpu, got meta; move it"):
+        fused.max_unpool2d_with_offsets(values, offsets, (4, 4), 2)
+
+
 def test_indices_outside_of_their_window_have_no_offsets():
     indices = torch.tensor([[[[0, 3], [9, 14]]]])
     assert fused.indices_to_offsets(indices, (4, 4), 2)[0, 0].tolist() == [[0, 1], [1, 2]]

@@ -304,6 +304,25 @@ def test_gradient_of_the_last_state_alone(device):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("keywords", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_gradients_have_memory_of_their_own(keywords, steps, device):
+    """Both biases have the same gradient. Were it one memory, what is added to or scaled in place would be so twice."""
+    ours, theirs = pair(3, 5, torch.float32, device, **keywords)
+    x = torch.randn(steps, 2, 3, device=device)
+    for _ in range(2):
+        for module in (ours, theirs):
+            module(x)[0].square().sum().backward()
+    grads = [parameter.grad for parameter in ours.parameters()]
+    assert len({grad.data_ptr() for grad in grads}) == len(grads)
+    for mine, right in zip(grads, theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, right.grad, rtol=1e-3, atol=1e-4)
+    for module in (ours, theirs):
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+    torch.testing.assert_close(norm.item(), 1.0, rtol=1e-3, atol=0)
+
+
 def test_backward_in_eval_mode(device):
     """cuDNN refuses it."""
     ours, _ = pair(3, 5, torch.float32, device, num_layers=2, dropout=0.5)

@@ -114,12 +114,12 @@ def batch_norm(
     relu = is_relu(activation)
     if input_bias is not None:
         _check_input_bias(input_bias, input)
+    if residual is not None:  # before statistics go on
+        check_residual(residual, input.shape, input.dtype, input.device)
     if _path(input, running_mean, running_var, weight, bias, training, eps, residual, input_bias).name == ATEN:
         input = input if input_bias is None else _add(input, input_bias)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return finish(y, relu, residual)
-    if residual is not None:
-        check_residual(residual, input.shape, input.dtype)
     # An int would be another type to the kernel, and what was compiled for one would be launched with the other.
     momentum, eps = float(momentum), float(eps)
     if input_bias is not None and not training:

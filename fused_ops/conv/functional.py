@@ -26,7 +26,7 @@ from ..dispatch import (
     is_short,
     kernel_path,
 )
-from ..epilogue import check_residual, finish, is_relu
+from ..epilogue import check_device, check_residual, finish, is_relu
 from ..sizes import remembered
 from . import aten, dense, ops
 from . import out as given
@@ -264,7 +264,7 @@ def _run(
         y = dense.conv_relu(x, weight, bias, call.output_size, geometry)
         return y if call.batched else y.squeeze(0)
     if residual is not None:
-        check_residual(residual, call.shape, x.dtype)
+        check_residual(residual, call.shape, x.dtype, x.device)
         residual = residual if call.batched else residual.unsqueeze(0)
     if out is not None:
         given.check(out, call.shape, x.dtype, x.device)
@@ -470,14 +470,14 @@ def conv_transpose2d_concat(
     if call is None or _is_short_concat(call, skip, weight, bias):
         up = _finish_aten(F.conv_transpose2d(*arguments), relu, None)
         skip = autocast(skip, up.device.type)
-        _check_skip(skip, up.shape, up.dtype)
+        _check_skip(skip, up.shape, up.dtype, up.device)
         return torch.cat([skip, up], dim=-3)
     x = call.x
     if autocasts(x):
         device = x.device.type
         x, skip = autocast(x, device), autocast(skip, device)
         weight, bias = autocast(weight, device), autocast(bias, device)
-    _check_skip(skip, call.shape, x.dtype)
+    _check_skip(skip, call.shape, x.dtype, x.device)
     skip = skip if call.batched else skip.unsqueeze(0)
     y = ops.conv_transpose_concat(x, skip, weight, bias, call.output_size, *call.geometry, relu)
     return y if call.batched else y.squeeze(0)
@@ -487,7 +487,7 @@ def _is_short_concat(call: _Call, skip: Tensor, weight: Tensor, bias: Tensor | N
     return torch.is_grad_enabled() and is_short(math.prod(call.shape) + skip.numel(), call.x, skip, weight, bias)
 
 
-def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """`shape` is the up-convolution's."""
     if skip.dim() != len(shape) or skip.shape != (*shape[:-3], skip.shape[-3], *shape[-2:]):
         wanted = ", ".join(map(str, [*shape[:-3], "channels", *shape[-2:]]))
@@ -496,3 +496,4 @@ def _check_skip(skip: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Non
         )
     if skip.dtype != dtype:
         raise TypeError(f"skip must have the output's dtype {dtype}, got {skip.dtype}; convert it")
+    check_device("skip", skip, device)

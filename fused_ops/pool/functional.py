@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.pool import Windows, reference
 from ..dispatch import ATEN, BY_AUTOGRAD, REFUSED, Path, explained_by, is_short, kernel_path
+from ..epilogue import check_device
 from ..sizes import remembered
 from . import ops
 
@@ -181,6 +182,7 @@ def _from_offsets(axes: int, input, offsets, output_size, kernel_size, stride, p
             f"offsets must be uint8 of the input's shape {tuple(input.shape)}, as max_pool{axes}d_with_offsets gives "
             f"them; got {offsets.dtype} of {tuple(offsets.shape)}"
         )
+    check_device("offsets", offsets, input.device)
     index = offsets if call.batched else offsets.unsqueeze(0)
     x = ops.max_pool_spread(call.x, index, *call.windows, call.size, False)
     return x if call.batched else x.squeeze(0)
@@ -432,11 +434,11 @@ def offsets_to_indices(
 ) -> Tensor:
     """torch's indices (int64) of a pooling of an image of `input_size` (its last axes), from our offsets.
 
-    Shapes: offsets (N, C, *out). Errors: ValueError for windows that do not fit the axes.
+    Shapes: offsets (N, C, *out) or (C, *out). Errors: ValueError for windows that do not fit the axes.
     """
-    return reference.indices_of_offsets(
-        offsets, *_conversion(offsets, input_size, kernel_size, stride, padding, dilation)
-    )
+    size, windows = _conversion(offsets, input_size, kernel_size, stride, padding, dilation)
+    indices = reference.indices_of_offsets(_with_batch(offsets, size), size, windows)
+    return indices if indices.dim() == offsets.dim() else indices.squeeze(0)
 
 
 def indices_to_offsets(
@@ -449,11 +451,12 @@ def indices_to_offsets(
 ) -> Tensor:
     """Our offsets (uint8), from torch's indices; the inverse of `offsets_to_indices`.
 
-    Shapes: indices (N, C, *out). Errors: ValueError for windows that do not fit the axes or have more than 255 pixels,
-    and, for indices on the CPU, for one that is not in its window.
+    Shapes: indices (N, C, *out) or (C, *out). Errors: ValueError for windows that do not fit the axes or have more than
+    255 pixels, and, for indices on the CPU, for one that is not in its window.
     """
     size, windows = _conversion(indices, input_size, kernel_size, stride, padding, dilation)
     _check_taps(windows.kernel)
+    shape, indices = indices.shape, _with_batch(indices, size)
     offsets = reference.offsets_of_indices(indices, size, windows)
     if not indices.is_cuda:  # a GPU would have to be waited for
         wrong = indices[reference.indices_of_offsets(offsets, size, windows) != indices]
@@ -462,15 +465,20 @@ def indices_to_offsets(
                 f"index {wrong[0].item()} is not in its window: indices must come from a pooling of an image of size "
                 f"{'x'.join(map(str, size))} with the same windows"
             )
-    return offsets
+    return offsets if len(shape) == offsets.dim() else offsets.squeeze(0)
+
+
+def _with_batch(places: Tensor, size: Sequence[int]) -> Tensor:
+    return places if places.dim() == len(size) + 2 else places.unsqueeze(0)
 
 
 def _conversion(places: Tensor, input_size, kernel_size, stride, padding, dilation) -> tuple[list[int], Windows]:
-    axes = places.dim() - 2
+    # Of the image's size, all axes may be given; then it has a batch.
+    axes = len(input_size) if places.dim() - len(input_size) in (1, 2) else places.dim() - 2
     windows = _windows(axes, places.shape, kernel_size, stride, padding, dilation) if axes in (1, 2, 3) else None
     if windows is None or len(input_size) < axes:
         raise ValueError(
-            f"places of shape {tuple(places.shape)} need (N, C, *out) with one to three axes, and windows and an "
-            f"input_size that fit them; got kernel_size {kernel_size} and input_size {tuple(input_size)}"
+            f"places of shape {tuple(places.shape)} need (N, C, *out) or (C, *out) with one to three axes, and windows "
+            f"and an input_size that fit them; got kernel_size {kernel_size} and input_size {tuple(input_size)}"
         )
     return list(input_size)[-axes:], windows

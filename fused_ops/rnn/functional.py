@@ -131,9 +131,9 @@ def _cast(call: Call) -> Call:
 
 def run(nonlinearity: str, call: Call) -> tuple[Tensor, Tensor]:
     """(output, h_n) of the call, by kernels where they run and else by torch's own function."""
-    # torch.compile would unroll torch's own function over all time steps.
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(call.input, Tensor) or (not compiling and kernel_path(call.input).name == ATEN):
+    # torch.compile would unroll torch's own function over all time steps, and vmap has no rule for it.
+    ours = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if not isinstance(call.input, Tensor) or (not ours and kernel_path(call.input).name == ATEN):
         return _run_aten(nonlinearity, call)
     call = _cast(call)
     if _refused(call):

@@ -112,7 +112,7 @@ def _sum_over_rows(a: Tensor, b: Tensor) -> Tensor:
     In fp32 the sum is taken in parts: over 2560 rows at H = 512 one sum's error was six times that of cuDNN, which adds
     step by step.
     """
-    rows = len(a)
+    rows = a.shape[0]  # not len(), which fixes it in what torch.compile makes
     parts = min(MOST_PARTS, rows // LEAST_ROWS) if a.dtype == torch.float32 else 1
     if parts <= 1:
         return a.T @ b
@@ -168,9 +168,11 @@ class _Scan(Function):
         derivative, slope = _derivative(effect, gate, y, factor)
         transposed = matrix.transpose(1, 2)
         v = scan(grads[0], (), slope, None, transposed, offsets, batch, derivative, not backward)
-        grad_bias = grad_gate = grad_first = grad_matrix = None
+        grad_b_ih = grad_b_hh = grad_gate = grad_first = grad_matrix = None
         if needs_b_ih or needs_b_hh:
-            grad_bias = v.flatten(0, -3).sum(0)
+            grad_b_ih = grad_b_hh = v.flatten(0, -3).sum(0)
+            if needs_b_ih and needs_b_hh:  # memory of its own: gradients are added to and scaled in place
+                grad_b_hh = grad_b_ih.clone()
         if needs_first:
             grad_first = torch.stack(
                 [
@@ -186,8 +188,8 @@ class _Scan(Function):
             s = _start(_biased(x, b_ih, b_hh) + _products(previous, matrix), first, offsets, backward)
             total = grads[0] + _products(previous_rows(v, offsets, not backward), transposed)
             grad_gate = _by_gate(effect, gate, s * total)
-        grad_b_ih, grad_b_hh = grad_bias if needs_b_ih else None, grad_bias if needs_b_hh else None
-        return v if needs_x else None, grad_b_ih, grad_b_hh, grad_gate, grad_first, grad_matrix, *[None] * 5
+        biases = grad_b_ih if needs_b_ih else None, grad_b_hh if needs_b_hh else None
+        return v if needs_x else None, *biases, grad_gate, grad_first, grad_matrix, *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
